@@ -1,0 +1,69 @@
+# conv3dt_jax: every task of a developer or a user. `make` lists them.
+# All tasks run in the virtual environment .venv of this checkout, made here from a bare python3 (3.11 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# Caches stay in the checkout: nothing is left elsewhere.
+export PIP_NO_CACHE_DIR := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export MPLCONFIGDIR := $(CURDIR)/$(VENV)/cache/matplotlib
+export XDG_CACHE_HOME := $(CURDIR)/$(VENV)/cache
+export KERAS_HOME := $(CURDIR)/$(VENV)/cache/keras
+export PRE_COMMIT_HOME := $(CURDIR)/$(VENV)/cache/pre-commit
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types bench fixtures clean
+
+help:  ## list the tasks
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.examples  ## train a 3-D U-Net on a real MRI (under 4 minutes); results in out/
+	$(BIN)/python -m examples.brain_segmentation --out out $(ARGS)
+
+test: $(VENV)/.test  ## run the tests
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.dev  ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev  ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev  ## check types
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench  ## measure the lowerings beside JAX, Flax and Keras on this machine
+	$(BIN)/python -m benchmarks $(ARGS)
+
+fixtures: $(VENV)/.peers  ## record the values of TensorFlow and PyTorch anew
+	$(BIN)/python -m tests.fixtures.record
+
+clean:  ## remove everything that was made here
+	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: '$(PYTHON)' is not installed; install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $$($(PYTHON) --version) is too old; Python 3.11 or newer is needed: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) has no venv module; install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras; an unchanged pyproject.toml installs nothing again.
+$(VENV)/.examples $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[test,examples]'
+	@touch $@
+
+# PyTorch's CPU build: its default one brings gigabytes of CUDA.
+$(VENV)/.peers: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) 'torch>=2.7' || $(BIN)/python -m pip install --quiet 'torch>=2.7'
+	$(BIN)/python -m pip install --quiet --editable '.[test,peers]'
+	@touch $@

@@ -1,0 +1,102 @@
+"""What the layers of all frameworks share: defaults of Keras, names to functions, dtype rules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict
+
+from conv3dt_jax import _activations, _initializers, _operands
+from conv3dt_jax import _arguments as args
+from conv3dt_jax._keras_config import default_data_format
+from conv3dt_jax._spec import Conv3DTransposeSpec
+
+# Regularizers and constraints are not built yet: anything but None is refused by name.
+NOT_YET = (
+    "kernel_regularizer",
+    "bias_regularizer",
+    "activity_regularizer",
+    "kernel_constraint",
+    "bias_constraint",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """A layer's checked arguments: the spec of its operation and the functions its names mean."""
+
+    spec: Conv3DTransposeSpec
+    activation: _activations.Activation
+    kernel_initializer: _initializers.Initializer
+    bias_initializer: _initializers.Initializer
+    dtype: np.dtype | None
+    param_dtype: np.dtype
+
+
+def configure(layer: Any) -> LayerConfig:
+    """Checks the arguments of a layer (its attributes) and resolves what they name.
+
+    Raises:
+      TypeError, ValueError: as `Conv3DTransposeSpec` does; also what Keras refuses: stride > 1 with dilation > 1,
+        ``output_padding >= strides``.
+      NotImplementedError: a regularizer or constraint other than None.
+    """
+    for name in NOT_YET:
+        if getattr(layer, name) is not None:
+            raise NotImplementedError(f"`{name}` is not supported yet; leave it None.")
+    spec = Conv3DTransposeSpec(
+        filters=layer.filters,
+        kernel_size=layer.kernel_size,
+        strides=layer.strides,
+        padding=layer.padding,
+        output_padding=layer.output_padding,
+        dilation_rate=layer.dilation_rate,
+        groups=layer.groups,
+        data_format=default_data_format() if layer.data_format is None else layer.data_format,
+        use_bias=layer.use_bias,
+        precision=layer.precision,
+        implementation=layer.implementation,
+    )
+    spec.check_keras_rules()
+    param_dtype = args.dtype_value("param_dtype", layer.param_dtype)
+    for name, value in (("dtype", args.dtype_value("dtype", layer.dtype)), ("param_dtype", param_dtype)):
+        if value is not None and not jnp.issubdtype(value, jnp.inexact):
+            raise TypeError(f"`{name}={value.name}` must be a floating or complex dtype: the layer's weights are trained.")
+    if param_dtype is None:
+        raise TypeError("`param_dtype=None` must be a dtype such as jnp.float32.")
+    return LayerConfig(
+        spec=spec,
+        activation=_activations.get("activation", layer.activation),
+        kernel_initializer=_initializers.get("kernel_initializer", layer.kernel_initializer),
+        bias_initializer=_initializers.get("bias_initializer", layer.bias_initializer),
+        dtype=args.dtype_value("dtype", layer.dtype),
+        param_dtype=param_dtype,
+    )
+
+
+def hashable(value: Any) -> Any:
+    """Lists and arrays as tuples and dicts as frozen dicts, all the way down."""
+    if isinstance(value, Mapping):
+        return FrozenDict({key: hashable(item) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return tuple(map(hashable, value))
+    return hashable(value.tolist()) if isinstance(value, np.ndarray) else value
+
+
+def in_channels(config: LayerConfig, inputs: Any) -> tuple[jax.Array, int]:
+    """The inputs as an array, and the number of their channels."""
+    array = _operands.array("inputs", inputs)
+    return array, config.spec.split_shape(array.shape)[2]
+
+
+def compute_dtype(config: LayerConfig, *operands: jax.Array | None) -> np.dtype:
+    """``dtype`` where it is given; else what the inputs and parameters promote to, at least a float (Flax's rule)."""
+    if config.dtype is not None:
+        return config.dtype
+    promoted = jnp.result_type(*(operand for operand in operands if operand is not None))
+    return promoted if jnp.issubdtype(promoted, jnp.inexact) else jnp.promote_types(promoted, jnp.float32)

@@ -1,0 +1,321 @@
+"""The operation: layout, then spec, then the choice of a lowering, then bias."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from conv3dt_jax import _arguments as args
+from conv3dt_jax import _initializers, _operands
+from conv3dt_jax._choice import PLATFORMS, check_named, choose
+from conv3dt_jax._geometry import Geometry
+from conv3dt_jax._spec import Conv3DTransposeSpec
+from conv3dt_jax.lowerings import LOWERINGS
+
+Implementation = Literal["auto", "dilated", "matmul", "phases"]
+
+
+def conv3d_transpose(
+    inputs: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] | Sequence[Sequence[int]] = "valid",
+    output_padding: int | Sequence[int] | None = None,
+    dilation_rate: int | Sequence[int] = 1,
+    groups: int = 1,
+    data_format: str = "channels_last",
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    output_size: Sequence[int] | None = None,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """Transposed 3-D convolution: the adjoint of a strided convolution, which turns small volumes into large ones.
+
+    Per spatial axis, with input length n, kernel k, stride s, dilation d and ``ke = (k - 1) * d + 1``::
+
+        y_full[i*s + t*d, f] += sum_c inputs[i, c] * kernel[t, f, c]     for every input i and tap t
+        y = `out` elements of y_full from `lo` on, zeros past its end, + bias
+
+    where y_full has ``full = (n - 1)*s + ke`` elements and
+
+    ================  ==============  ==========================  ================================
+    padding           output_padding  out                         lo
+    ================  ==============  ==========================  ================================
+    "valid"           None            n*s + max(ke - s, 0)        0
+    "valid"           a               full + a                    0
+    "same"            None            n*s                         max(full - out, 0) // 2
+    "same"            a               full - 2*(ke//2) + a        max(full - out, 0) // 2
+    (p0, p1)          a or None = 0   full - p0 - p1 + a          p0
+    "circular"        None            n*s, what "same" crops      max(ke - s, 0) // 2
+                                      wraps around
+    ================  ==============  ==========================  ================================
+
+    "valid" and "same" are those of Keras and TensorFlow, explicit padding is PyTorch's. An axis of length 0 gives zeros
+    plus bias.
+
+    Dimensions: N batch, (D, H, W) depth, height, width, C input channels, F filters, G groups.
+
+    Args:
+      inputs: ``(..., D, H, W, C)``, or ``(..., C, D, H, W)`` with "channels_first"; any number of batch dimensions.
+      kernel: ``(kd, kh, kw, F // G, C)``, of the inputs' dtype. With G groups, block j of the input channels meets
+        ``kernel[..., j-th block of C]`` and writes block j of the filters.
+      bias: ``(F,)``, of the inputs' or the result's dtype.
+      strides: output steps per input element; an int or three, as all sizes here.
+      padding: "valid", "same" or "circular" in any case, or what is cropped from the full result: an int, 3 ints or
+        3 pairs (start, end).
+      output_padding: elements added at the end of each axis, below ``max(strides, dilation_rate)``. It settles which
+        of the input sizes of the adjoint convolution is meant, several of which have the same output size.
+      dilation_rate: output steps between two taps.
+      groups: G.
+      data_format: "channels_last" or "channels_first".
+      precision: see `jax.lax.conv_general_dilated`.
+      preferred_element_type: dtype of the sums and the result. None keeps the inputs' dtype, at least 32 bits wide for
+        integers; float16 and bfloat16 are summed in float32 and rounded once.
+      output_size: the wanted ``(D, H, W)`` of the result, in place of ``output_padding``.
+      implementation: "auto", or a lowering by name: "dilated" (one `conv_general_dilated`), "matmul" or "phases". All
+        give the same result within rounding.
+
+    Returns:
+      ``(..., D', H', W', F)``, or ``(..., F, D', H', W')`` with "channels_first".
+
+    Raises:
+      TypeError: an argument of the wrong type, or dtypes that differ.
+      ValueError: a value out of range, shapes that do not fit, or padding that leaves no output.
+      NotImplementedError: a lowering chosen by name cannot take this geometry.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import conv3dt_jax as c3t
+      >>> inputs = jnp.ones((1, 4, 5, 6, 3))
+      >>> kernel = jnp.ones((2, 2, 2, 8, 3))
+      >>> c3t.conv3d_transpose(inputs, kernel, strides=2).shape
+      (1, 8, 10, 12, 8)
+      >>> c3t.conv3d_transpose(inputs, kernel, strides=2, output_size=(9, 11, 12)).shape
+      (1, 9, 11, 12, 8)
+
+    References:
+      Dumoulin and Visin, A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
+      Zeiler et al., Deconvolutional networks, CVPR 2010.
+    """
+    kernel = _operands.array("kernel", kernel)
+    _operands.check_kernel_rank(kernel)
+    spec = Conv3DTransposeSpec(
+        filters=kernel.shape[3] * args.integer("groups", groups, minimum=1),
+        kernel_size=kernel.shape[:3],
+        strides=strides,
+        padding=padding,
+        output_padding=output_padding,
+        dilation_rate=dilation_rate,
+        groups=groups,
+        data_format=data_format,
+        use_bias=bias is not None,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        implementation=implementation,
+    )
+    return run(inputs, kernel, bias, spec, output_size)
+
+
+def output_shape(
+    input_shape: Sequence[int],
+    kernel_shape: Sequence[int],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] | Sequence[Sequence[int]] = "valid",
+    output_padding: int | Sequence[int] | None = None,
+    dilation_rate: int | Sequence[int] = 1,
+    groups: int = 1,
+    data_format: str = "channels_last",
+    output_size: Sequence[int] | None = None,
+) -> tuple[int, ...]:
+    """The shape of ``conv3d_transpose(inputs, kernel, ...)`` from the shapes of its operands, without computing.
+
+    Args:
+      input_shape: ``(..., D, H, W, C)``, or ``(..., C, D, H, W)`` with "channels_first".
+      kernel_shape: ``(kd, kh, kw, F // G, C)``.
+      strides: and all that follow: as in `conv3d_transpose`.
+
+    Returns:
+      A tuple of ints.
+
+    Raises:
+      TypeError, ValueError: as `conv3d_transpose` does.
+
+    Example:
+      >>> import conv3dt_jax as c3t
+      >>> c3t.output_shape((1, 4, 5, 6, 3), (3, 3, 3, 8, 3), strides=2, padding="same")
+      (1, 8, 10, 12, 8)
+    """
+    kernel_shape = args.shape("kernel_shape", kernel_shape)
+    if len(kernel_shape) != 5:
+        raise ValueError(f"`kernel_shape={kernel_shape}` must have 5 entries: (kd, kh, kw, filters // groups, channels).")
+    spec = Conv3DTransposeSpec(
+        filters=kernel_shape[3] * args.integer("groups", groups, minimum=1),
+        kernel_size=kernel_shape[:3],
+        strides=strides,
+        padding=padding,
+        output_padding=output_padding,
+        dilation_rate=dilation_rate,
+        groups=groups,
+        data_format=data_format,
+    )
+    input_shape = args.shape("input_shape", input_shape)
+    _operands.check_shapes(spec, spec.split_shape(input_shape)[2], kernel_shape, None)
+    return spec.output_shape(input_shape, output_size)
+
+
+def init(
+    key: jax.Array,
+    spec: Conv3DTransposeSpec,
+    in_channels: int,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    kernel_initializer: Any = "glorot_uniform",
+    bias_initializer: Any = "zeros",
+) -> dict[str, jax.Array]:
+    """New parameters for ``spec``: a plain dict, the pytree that `apply` takes.
+
+    Args:
+      key: a `jax.random` key.
+      spec: the operation.
+      in_channels: channels C of the inputs.
+      dtype: dtype of the parameters.
+      kernel_initializer: a Keras name, a config dict, or a callable ``(key, shape, dtype)``.
+      bias_initializer: likewise.
+
+    Returns:
+      ``{"kernel": (kd, kh, kw, F // G, C), "bias": (F,)}``; no "bias" where ``spec.use_bias`` is False.
+
+    Example:
+      >>> import jax
+      >>> import conv3dt_jax as c3t
+      >>> spec = c3t.Conv3DTransposeSpec(filters=8, kernel_size=2, strides=2)
+      >>> params = c3t.init(jax.random.key(0), spec, in_channels=3)
+      >>> {name: value.shape for name, value in params.items()}
+      {'bias': (8,), 'kernel': (2, 2, 2, 8, 3)}
+    """
+    _check_spec(spec)
+    kernel_key, bias_key = jax.random.split(key)
+    make_kernel = _initializers.get("kernel_initializer", kernel_initializer)
+    params = {"kernel": make_kernel(kernel_key, spec.kernel_shape(in_channels), dtype)}
+    if spec.use_bias:
+        make_bias = _initializers.get("bias_initializer", bias_initializer)
+        params = {"bias": make_bias(bias_key, (spec.filters,), dtype), **params}
+    return params
+
+
+def apply(
+    params: Mapping[str, ArrayLike],
+    inputs: ArrayLike,
+    spec: Conv3DTransposeSpec,
+    *,
+    output_size: Sequence[int] | None = None,
+) -> jax.Array:
+    """`conv3d_transpose` with the parameters and the specification of `init`.
+
+    Args:
+      params: ``{"kernel": ..., "bias": ...}``; "bias" just where ``spec.use_bias``.
+      inputs: as in `conv3d_transpose`.
+      spec: the operation; hashable, so it may be a static argument of `jax.jit`.
+      output_size: the wanted ``(D, H, W)``, in place of an output padding.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import conv3dt_jax as c3t
+      >>> spec = c3t.Conv3DTransposeSpec(filters=8, kernel_size=2, strides=2)
+      >>> params = c3t.init(jax.random.key(0), spec, in_channels=3)
+      >>> c3t.apply(params, jnp.ones((1, 4, 4, 4, 3)), spec).shape
+      (1, 8, 8, 8, 8)
+    """
+    _check_spec(spec)
+    wanted = {"kernel", "bias"} if spec.use_bias else {"kernel"}
+    if not isinstance(params, Mapping) or set(params) != wanted:
+        found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(f"`params` must be a mapping with {sorted(wanted)} (`use_bias={spec.use_bias}`), not {found}.")
+    kernel = _operands.array("kernel", params["kernel"])
+    _operands.check_kernel_rank(kernel)
+    return run(inputs, kernel, params.get("bias"), spec, output_size)
+
+
+def run(
+    inputs: ArrayLike,
+    kernel: jax.Array,
+    bias: ArrayLike | None,
+    spec: Conv3DTransposeSpec,
+    output_size: Sequence[int] | None = None,
+    *,
+    keras_rules: bool = False,
+) -> jax.Array:
+    """The operation behind `conv3d_transpose`, `apply` and the layers: checks the arrays, then computes."""
+    inputs = _operands.array("inputs", inputs)
+    bias = None if bias is None else _operands.array("bias", bias)
+    _, spatial, channels = spec.split_shape(inputs.shape)
+    _operands.check_shapes(spec, channels, kernel.shape, bias)
+    sums, result = _operands.result_dtypes(spec, inputs, kernel)
+    if bias is not None:
+        _operands.check_bias_dtype(bias, inputs.dtype, result)
+    geometry = spec.geometry(spatial, output_size, keras_rules=keras_rules)
+    if spec.implementation != "auto":
+        check_named(spec.implementation, geometry)
+    return _compute(inputs, kernel, bias, spec=spec, geometry=geometry, sums=sums, result=result)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "geometry", "sums", "result"))
+def _compute(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    *,
+    spec: Conv3DTransposeSpec,
+    geometry: Geometry,
+    sums: np.dtype,
+    result: np.dtype,
+) -> jax.Array:
+    batch, spatial, channels = spec.split_shape(inputs.shape)
+    shape = (*batch, *(axis.out for axis in geometry), spec.filters)
+    if 0 in batch or any(axis.is_empty for axis in geometry):
+        outputs = jnp.zeros(shape, sums)
+    else:
+        if spec.data_format == "channels_first":
+            inputs = jnp.moveaxis(inputs, -4, -1)
+        inputs = inputs.reshape(-1 if len(batch) != 1 else batch[0], *spatial, channels)
+        outputs = _lower(inputs, kernel, spec, geometry, sums).reshape(shape)
+    if bias is not None:
+        outputs = outputs + bias.astype(sums)
+    outputs = outputs.astype(result)
+    return jnp.moveaxis(outputs, -1, -4) if spec.data_format == "channels_first" else outputs
+
+
+def _lower(
+    inputs: jax.Array, kernel: jax.Array, spec: Conv3DTransposeSpec, geometry: Geometry, sums: np.dtype
+) -> jax.Array:
+    """Runs the named lowering, or the one that "auto" means on each platform."""
+    if not jnp.issubdtype(sums, jnp.floating) or not jnp.issubdtype(inputs.dtype, jnp.floating):
+        inputs, kernel = inputs.astype(sums), kernel.astype(sums)  # the libraries mix no other kinds
+
+    def implementation(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        return functools.partial(
+            LOWERINGS[name].lower, geometry=geometry, groups=spec.groups, precision=spec.precision, accumulate=sums
+        )
+
+    if spec.implementation != "auto":
+        return implementation(spec.implementation)(inputs, kernel)
+    names = {p: choose(p, geometry, inputs.shape[-1], spec.filters, inputs.dtype) for p in (*PLATFORMS, "default")}
+    branches = {name: implementation(name) for name in names.values()}
+    if len(branches) == 1:
+        return branches[names["default"]](inputs, kernel)
+    return lax.platform_dependent(inputs, kernel, **{p: branches[name] for p, name in names.items()})
+
+
+def _check_spec(spec: Any) -> None:
+    if not isinstance(spec, Conv3DTransposeSpec):
+        raise TypeError(f"`spec` must be a Conv3DTransposeSpec, not {type(spec).__name__}.")

@@ -1,0 +1,96 @@
+"""`dilated`: one `jax.lax.conv_general_dilated` with ``lhs_dilation``; the reference lowering.
+
+A transposed convolution is the ordinary convolution of the input, with ``s - 1`` zeros between its elements and
+``ke - 1`` zeros around them, with the flipped kernel:
+
+    y_full[p] = sum_t x_stuffed[p - t * d] * w[t],    x_stuffed[i * s] = x[i].
+
+Less padding crops: ``ke - 1 - lo`` zeros in front keep ``y_full`` from ``lo`` on. XLA never stores the stuffed input.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from conv3dt_jax._geometry import Axis, Geometry
+
+_DIMENSION_NUMBERS = ("NDHWC", "DHWOI", "NDHWC")
+
+
+def refusal(geometry: Geometry) -> str | None:
+    """Says why this lowering cannot take the geometry; None where it can."""
+    del geometry
+    return None
+
+
+def lower(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    geometry: Geometry,
+    *,
+    groups: int,
+    precision: lax.PrecisionLike,
+    accumulate: DTypeLike,
+) -> jax.Array:
+    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)`` of dtype ``accumulate``."""
+    paddings, windows = zip(*map(_split_crop, geometry), strict=True)
+    outputs = lax.conv_general_dilated(
+        inputs,
+        _grouped_kernel(jnp.flip(kernel, (0, 1, 2)), groups),
+        window_strides=(1, 1, 1),
+        padding=paddings,
+        lhs_dilation=[axis.s for axis in geometry],
+        rhs_dilation=[axis.d for axis in geometry],
+        dimension_numbers=_DIMENSION_NUMBERS,
+        feature_group_count=groups,
+        precision=precision,
+        preferred_element_type=accumulate,
+    )
+    for dim, (axis, (low, high)) in enumerate(zip(geometry, windows, strict=True), start=1):
+        outputs = _fold(outputs, dim, axis) if axis.wraps else _crop(outputs, dim, low, high)
+    return outputs
+
+
+def _grouped_kernel(kernel: jax.Array, groups: int) -> jax.Array:
+    """Moves the groups from the input channels to the filters, where `conv_general_dilated` wants them."""
+    if groups == 1:
+        return kernel
+    *window, filters, channels = kernel.shape
+    kernel = kernel.reshape(*window, filters, groups, channels // groups)
+    return jnp.moveaxis(kernel, 4, 3).reshape(*window, groups * filters, channels // groups)
+
+
+def _split_crop(axis: Axis) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Splits the crop of an axis between the padding of the convolution and a slice after it.
+
+    The convolution keeps at least one zero of padding at each end. XLA:CPU (jaxlib 0.10.2) swaps the operands of a
+    convolution whose kernel is longer than its input; it takes an unpadded axis with a kernel of 2 and a dilation of 2
+    for a batch dimension on the way and ends the process.
+    """
+    if axis.wraps:
+        return (axis.ke - 1, axis.ke - 1), (0, 0)
+    crop_low, crop_high = axis.lo, axis.full - axis.out - axis.lo
+    most = max(axis.ke - 2, 0)
+    inside_low, inside_high = min(crop_low, most), min(crop_high, most)
+    padding = (axis.ke - 1 - inside_low, axis.ke - 1 - inside_high)
+    return padding, (crop_low - inside_low, crop_high - inside_high)
+
+
+def _crop(outputs: jax.Array, dim: int, low: int, high: int) -> jax.Array:
+    if low == high == 0:
+        return outputs
+    return lax.slice_in_dim(outputs, low, outputs.shape[dim] - high, axis=dim)
+
+
+def _fold(outputs: jax.Array, dim: int, axis: Axis) -> jax.Array:
+    """Adds up the full result modulo ``out`` and starts it at ``lo``: circular padding."""
+    length, out = outputs.shape[dim], axis.out
+    turns = -(-length // out)
+    padding = [(0, 0)] * outputs.ndim
+    padding[dim] = (0, turns * out - length)
+    outputs = jnp.pad(outputs, padding)
+    outputs = outputs.reshape(*outputs.shape[:dim], turns, out, *outputs.shape[dim + 1 :]).sum(dim)
+    return jnp.roll(outputs, -axis.lo, dim)
