@@ -154,10 +154,9 @@ def dtype_value(name: str, value: Any) -> np.dtype | None:
         raise TypeError(f"{received(name, value)} is no dtype; pass one such as 'float32' or jnp.bfloat16.") from None
     if not jnp.issubdtype(dtype, jnp.number):
         raise TypeError(f"{received(name, value)} must be a numeric dtype.")
-    if dtype.itemsize == 8 and not jnp.issubdtype(dtype, jnp.complexfloating) or dtype.itemsize == 16:
-        if not jax.config.jax_enable_x64:
-            raise TypeError(
-                f"{received(name, value)} needs 64-bit types, which JAX has switched off; "
-                "set jax.config.update('jax_enable_x64', True) or choose a 32-bit dtype."
-            )
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise TypeError(
+            f"{received(name, value)} needs 64-bit types, which JAX has switched off; "
+            "set jax.config.update('jax_enable_x64', True) or choose a 32-bit dtype."
+        )
     return dtype

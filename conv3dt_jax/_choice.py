@@ -3,9 +3,9 @@
 "auto" decides per platform when a module is compiled for it, so that one exported module serves all of them:
 
 - no overlap (every effective kernel <= its stride): `matmul`, everywhere. It does no work on zeros and one pass.
-- CPU, overlap: XLA runs a dilated convolution as a scalar loop there, so one of the matrix lowerings, the one with the
-  smaller temporary per input cell: `matmul` keeps a product for every tap and filter, `phases` the gathered channels and
-  the phases. Where even that is large (kernels of hundreds of taps at stride 1), `dilated`.
+- CPU, overlap: XLA runs a dilated convolution as a scalar loop there, so one of the matrix lowerings, the one with
+  the smaller temporary per input cell: `matmul` keeps a product for every tap and filter, `phases` the gathered
+  channels and the phases. Where even that is large (kernels of hundreds of taps at stride 1), `dilated`.
 - GPU and TPU, overlap: `dilated`, which their compilers hand to convolution hardware; integers and complex numbers,
   which those libraries do not take, go to `phases`.
 - sizes that are not known when the operation is traced: `dilated`.

@@ -83,9 +83,7 @@ def _variance_scaling(
     return initialize
 
 
-def _fans(
-    shape: Sequence[int], input_axes: Sequence[int] | None, output_axes: Sequence[int] | None
-) -> tuple[int, int]:
+def _fans(shape: Sequence[int], input_axes: Sequence[int] | None, output_axes: Sequence[int] | None) -> tuple[int, int]:
     if input_axes is not None and output_axes is not None:
         return math.prod(shape[axis] for axis in input_axes), math.prod(shape[axis] for axis in output_axes)
     if len(shape) == 1:

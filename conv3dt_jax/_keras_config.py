@@ -31,7 +31,9 @@ def default_data_format() -> str:
         raise ValueError(f"{_blame(path)} holds no JSON object; {_REMEDY}")
     data_format = config.get("image_data_format", "channels_last")
     if data_format not in DATA_FORMATS:
-        raise ValueError(f"{_blame(path)} has image_data_format={data_format!r}, which is none of {DATA_FORMATS}; {_REMEDY}")
+        raise ValueError(
+            f"{_blame(path)} has image_data_format={data_format!r}, which is none of {DATA_FORMATS}; {_REMEDY}"
+        )
     return data_format
 
 

@@ -66,7 +66,9 @@ def configure(layer: Any) -> LayerConfig:
     param_dtype = args.dtype_value("param_dtype", layer.param_dtype)
     for name, value in (("dtype", args.dtype_value("dtype", layer.dtype)), ("param_dtype", param_dtype)):
         if value is not None and not jnp.issubdtype(value, jnp.inexact):
-            raise TypeError(f"`{name}={value.name}` must be a floating or complex dtype: the layer's weights are trained.")
+            raise TypeError(
+                f"`{name}={value.name}` must be a floating or complex dtype: the layer's weights are trained."
+            )
     if param_dtype is None:
         raise TypeError("`param_dtype=None` must be a dtype such as jnp.float32.")
     return LayerConfig(

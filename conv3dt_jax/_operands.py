@@ -33,7 +33,9 @@ def check_kernel_rank(kernel: jax.Array) -> None:
         raise ValueError(f"`kernel` has shape {kernel.shape}; every one of its sizes must be at least 1.")
 
 
-def check_shapes(spec: Conv3DTransposeSpec, channels: int, kernel_shape: tuple[int, ...], bias: jax.Array | None) -> None:
+def check_shapes(
+    spec: Conv3DTransposeSpec, channels: int, kernel_shape: tuple[int, ...], bias: jax.Array | None
+) -> None:
     """Channels of the inputs, kernel and bias must fit each other and the spec."""
     if channels != kernel_shape[-1]:
         raise ValueError(

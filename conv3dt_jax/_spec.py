@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-
 from conv3dt_jax import _arguments as args
 from conv3dt_jax._geometry import AXIS_NAMES, Axis, Geometry, reachable_sizes, resolve_axis, resolve_axis_to_size
 
@@ -76,9 +75,7 @@ class Conv3DTransposeSpec:
         self._set("data_format", args.choice("data_format", self.data_format, args.DATA_FORMATS))
         self._set("use_bias", args.boolean("use_bias", self.use_bias))
         self._set("precision", args.precision_value(self.precision))
-        self._set(
-            "preferred_element_type", args.dtype_value("preferred_element_type", self.preferred_element_type)
-        )
+        self._set("preferred_element_type", args.dtype_value("preferred_element_type", self.preferred_element_type))
         self._set("implementation", args.choice("implementation", self.implementation, IMPLEMENTATIONS))
         self._check_output_padding(given_output_padding)
         if self.filters % self.groups:
@@ -98,9 +95,7 @@ class Conv3DTransposeSpec:
                 f"{args.received('output_padding', given)} has no meaning with `padding='circular'`: "
                 "the output is input size * stride long and wraps around; leave output_padding=None."
             )
-        for name, extra, s, d in zip(
-            AXIS_NAMES, self.output_padding, self.strides, self.dilation_rate, strict=True
-        ):
+        for name, extra, s, d in zip(AXIS_NAMES, self.output_padding, self.strides, self.dilation_rate, strict=True):
             if extra >= max(s, d):
                 raise ValueError(
                     f"{args.received('output_padding', given)} must be below the larger of "
@@ -176,9 +171,7 @@ class Conv3DTransposeSpec:
             raise ValueError(
                 f"{args.received('output_size', output_size)} must be 3 integers: the wanted (depth, height, width)."
             )
-        return tuple(
-            args.dimension("output_size", size, whole=output_size) for size in output_size
-        )
+        return tuple(args.dimension("output_size", size, whole=output_size) for size in output_size)
 
     def _axis(self, index: int, n: Any, size: Any, keras_rules: bool) -> Axis:
         k, s, d = self.kernel_size[index], self.strides[index], self.dilation_rate[index]

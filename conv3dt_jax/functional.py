@@ -157,7 +157,9 @@ def output_shape(
     """
     kernel_shape = args.shape("kernel_shape", kernel_shape)
     if len(kernel_shape) != 5:
-        raise ValueError(f"`kernel_shape={kernel_shape}` must have 5 entries: (kd, kh, kw, filters // groups, channels).")
+        raise ValueError(
+            f"`kernel_shape={kernel_shape}` must have 5 entries: (kd, kh, kw, filters // groups, channels)."
+        )
     spec = Conv3DTransposeSpec(
         filters=kernel_shape[3] * args.integer("groups", groups, minimum=1),
         kernel_size=kernel_shape[:3],

@@ -2,14 +2,16 @@
 
     taps[i, t] = x[i] @ w[t],        y_full[i * s + t * d] += taps[i, t].
 
-With ``t * d = block * s + residue`` the target is ``(i + block) * s + residue``: the taps of one block, ordered by their
-residues, are ``s`` neighbours in the output, so a block is one reshape (depth to space) shifted by ``block * s``. There
-are about ``k / s`` blocks; where the kernel is not longer than the stride there is one, and nothing overlaps.
+With ``t * d = block * s + residue`` the target is ``(i + block) * s + residue``: the taps of one block, ordered by
+their residues, are ``s`` neighbours in the output, so a block is one reshape (depth to space) shifted by ``block * s``.
+There are about ``k / s`` blocks; where the kernel is not longer than the stride there is one, and nothing overlaps.
 
 Best where few outputs overlap or there are few filters: the temporary holds ``k`` values per input, axis and filter.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -52,12 +54,11 @@ def lower(
 def _overlap_add(taps: jax.Array, dim: int, axis: Axis) -> jax.Array:
     """Turns the axes ``(n, k)`` at ``dim`` into one of length ``out``."""
     phases = tap_phases(axis)
-    total = None
+    pieces = []
     for block in sorted({block for block, _ in phases}):
         columns = {residue: t for t, (b, residue) in enumerate(phases) if b == block}
-        piece = _shift(depth_to_space(taps, dim, columns, axis.s), dim, axis, block * axis.s)
-        total = piece if total is None else total + piece
-    return total
+        pieces.append(_shift(depth_to_space(taps, dim, columns, axis.s), dim, axis, block * axis.s))
+    return functools.reduce(jnp.add, pieces)
 
 
 def _shift(piece: jax.Array, dim: int, axis: Axis, offset: int) -> jax.Array:

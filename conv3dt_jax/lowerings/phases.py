@@ -5,7 +5,7 @@ Output position ``p = m * s + r`` is reached by the taps with ``t * d = a * s + 
     y_full[m * s + r] = sum_a x[m - a] @ w[a, r],        w[a, r] = the tap at offset a * s + r, or 0.
 
 The shifts ``x[m - a]`` are gathered side by side, multiplied with the kernels of all residues at once, and the phases
-are interleaved. No inserted zero of the input is ever multiplied; where ``s`` does not divide ``k`` a few taps are zeros.
+are interleaved. No inserted zero of the input is multiplied; where ``s`` does not divide ``k`` a few taps are zeros.
 Along the depth the shifts are added one after the other, which keeps the gathered copy small.
 
 Best where outputs overlap: the temporary holds ``ceil(k / s)`` values per input, channel and axis (height and width).
@@ -13,6 +13,7 @@ Best where outputs overlap: the temporary holds ``ceil(k / s)`` values per input
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -56,12 +57,11 @@ def lower(
 
     def multiply(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         weights = _phase_kernels(kernel, geometry, groups)
-        total = None
+        parts = []
         for shift, weight in zip(blocks(geometry[0]), weights, strict=True):
             pieces = _gather(_shift(inputs, 1, geometry[0], shift), geometry, groups)
-            part = contract(pieces, weight, precision=precision, accumulate=accumulate)
-            total = part if total is None else total + part
-        return total
+            parts.append(contract(pieces, weight, precision=precision, accumulate=accumulate))
+        return functools.reduce(jnp.add, parts)
 
     if math.prod(len(blocks(axis)) for axis in geometry) > 1:
         multiply = jax.checkpoint(multiply)  # derivatives gather the shifts anew and keep only inputs and kernel
