@@ -292,7 +292,7 @@ def _compute(
         inputs = inputs.reshape(-1 if len(batch) != 1 else batch[0], *spatial, channels)
         outputs = _lower(inputs, kernel, spec, geometry, sums).reshape(shape)
     if bias is not None:
-        outputs = outputs + bias.astype(sums)
+        outputs = outputs + bias.astype(sums).reshape((1,) * (outputs.ndim - 1) + bias.shape)
     outputs = outputs.astype(result)
     return jnp.moveaxis(outputs, -1, -4) if spec.data_format == "channels_first" else outputs
 

@@ -30,7 +30,7 @@ def contract(
         out = jnp.matmul(lhs, rhs, precision=precision, preferred_element_type=accumulate)
     elif shifts == channels == 1:  # depthwise: nothing to sum, a product that fuses with what follows
         lhs = pieces.reshape(*space, 1, groups, 1).astype(accumulate)
-        out = lhs * weights.transpose(0, 2, 3, 1, 4).reshape(taps, groups, filters).astype(accumulate)
+        out = lhs * weights.transpose(0, 2, 3, 1, 4).reshape(1, 1, 1, 1, taps, groups, filters).astype(accumulate)
     else:
         out = jnp.einsum(
             "nxyzpgc,pgctf->nxyztgf", pieces, weights, precision=precision, preferred_element_type=accumulate
