@@ -49,15 +49,25 @@ def threshold(x: jax.Array, threshold: float, default_value: float) -> jax.Array
     return jnp.where(x > threshold, x, default_value).astype(x.dtype)
 
 
+def glu(x: jax.Array, axis: int = -1) -> jax.Array:
+    if x.shape[axis] % 2:
+        raise ValueError(f"`activation='glu'` halves axis {axis}, which must be even; the output has shape {x.shape}.")
+    return jax.nn.glu(x, axis=axis)
+
+
 def sparsemax(x: jax.Array, axis: int = -1) -> jax.Array:
-    """Euclidean projection onto the simplex (Martins and Astudillo, 2016)."""
+    """Keras 3's function of this name, number for number.
+
+    It is not the projection onto the simplex of Martins and Astudillo (2016): its threshold adds up the cumulative sums
+    over the support, where theirs takes the last one, and the two differ from a support of two on.
+    """
     moved = jnp.moveaxis(x, axis, -1)
     ordered = jnp.flip(jnp.sort(moved, -1), -1)
-    excess = jnp.cumsum(ordered, -1) - 1
-    support = ordered * jnp.arange(1, moved.shape[-1] + 1, dtype=x.dtype) > excess
-    size = support.sum(-1, keepdims=True)
-    level = jnp.take_along_axis(excess, size - 1, -1) / size.astype(x.dtype)
-    return jnp.moveaxis(jnp.maximum(moved - level, 0), -1, axis)
+    sums = jnp.cumsum(ordered, -1)
+    rank = jnp.arange(1, x.shape[axis] + 1, dtype=x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    support = ordered - (sums - 1) / rank > 0
+    threshold = (jnp.where(support, sums, 0).sum(-1, keepdims=True) - 1) / support.sum(-1, keepdims=True, dtype=x.dtype)
+    return jnp.moveaxis(jnp.maximum(moved - threshold, 0), -1, axis)
 
 
 def linear(x: jax.Array) -> jax.Array:
@@ -69,7 +79,7 @@ FUNCTIONS: dict[str, Callable[..., jax.Array]] = {
     "elu": jax.nn.elu,
     "exponential": jnp.exp,
     "gelu": gelu,
-    "glu": jax.nn.glu,
+    "glu": glu,
     "hard_shrink": hard_shrink,
     "hard_sigmoid": jax.nn.hard_sigmoid,
     "hard_silu": jax.nn.hard_silu,

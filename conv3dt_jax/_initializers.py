@@ -73,6 +73,13 @@ def _variance_scaling(
         fan_in, fan_out = _fans(shape, input_axes, output_axes)
         fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[mode]
         variance = scale / max(1.0, fan)
+        if jnp.issubdtype(dtype, jnp.complexfloating):  # half of the variance in each part
+            part, scaled = (
+                jnp.finfo(dtype).dtype,
+                _variance_scaling(scale / 2, mode, distribution, input_axes, output_axes),
+            )
+            real, imaginary = jax.random.split(key)
+            return jax.lax.complex(scaled(real, shape, part), scaled(imaginary, shape, part))
         if distribution == "uniform":
             limit = math.sqrt(3 * variance)
             return _random_uniform(-limit, limit)(key, shape, dtype)

@@ -17,10 +17,10 @@ def array(name: str, value: Any) -> jax.Array:
         raise TypeError(
             f"`{name}` must be a JAX or NumPy array, not {type(value).__name__}; convert it with jnp.asarray."
         )
-    value = jnp.asarray(value)
-    if not jnp.issubdtype(value.dtype, jnp.number):
-        raise TypeError(f"`{name}` must hold numbers, not {value.dtype}; cast it to a float or integer dtype.")
-    return value
+    dtype = getattr(value, "dtype", None) or jnp.asarray(value).dtype
+    if not jnp.issubdtype(dtype, jnp.number):
+        raise TypeError(f"`{name}` must hold numbers, not {dtype}; cast it to a float or integer dtype.")
+    return jnp.asarray(value)
 
 
 def check_kernel_rank(kernel: jax.Array) -> None:
