@@ -188,13 +188,13 @@ def test_function_refuses(arguments, kind, message, traced) -> None:
     arrays = {"inputs": X, "kernel": W, "bias": None}
     given = {**arrays, **arguments}
     static = {key: given.pop(key) for key in list(given) if not isinstance(given[key], np.ndarray)}
-    run = lambda given: c3t.conv3d_transpose(**given, **static)  # noqa: E731
+    run = lambda given: c3t.conv3d_transpose(**given, **static)
     with pytest.raises(kind, match=re.escape(message)):
         (jax.jit(run) if traced else run)(given)
 
 
 def test_traced_sizes_are_refused() -> None:
-    with pytest.raises(TypeError, match="`strides=.* must be a static integer; a traced value cannot set a shape"):
+    with pytest.raises(TypeError, match=r"`strides=.* must be a static integer; a traced value cannot set a shape"):
         jax.jit(lambda s: c3t.conv3d_transpose(X, W, strides=s))(2)
 
 

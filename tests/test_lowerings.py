@@ -61,7 +61,7 @@ DTYPE_CASES = [
 @pytest.mark.parametrize("case", DTYPE_CASES, ids=lambda case: case.name)
 @by_implementation
 def test_each_dtype_is_exact_to_its_rounding(case: Case, implementation: str, dtype: str) -> None:
-    x, w, b = (jnp.asarray(value) for value in case.operands(jnp.dtype(dtype)))
+    x, w, _ = (jnp.asarray(value) for value in case.operands(jnp.dtype(dtype)))
     y = c3t.conv3d_transpose(x, w, implementation=implementation, **case.kwargs)
     want = oracle.conv3d_transpose(np.asarray(x), np.asarray(w), **case.kwargs)
     assert y.dtype == RESULTS.get(dtype, dtype)

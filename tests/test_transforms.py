@@ -56,7 +56,7 @@ def test_jvp_is_the_product_rule(implementation, case) -> None:
 def test_grad_is_the_adjoint(implementation, case) -> None:
     x, w, b = operands(case)
     ct = np.random.default_rng(2).normal(size=reference(case, x, w).shape)
-    loss = lambda x, w, b: (convolve(implementation, case)(x, w, b) * ct).sum()  # noqa: E731
+    loss = lambda x, w, b: (convolve(implementation, case)(x, w, b) * ct).sum()
     gx, gw, gb = jax.jit(jax.grad(loss, (0, 1, 2)))(x, w, b)
     want_gx, want_gw = oracle.vjp(x, w, ct, **case.kwargs)
     close(gx, want_gx)
@@ -72,7 +72,7 @@ def test_hessian_of_a_square_is_twice_its_gram_matrix(implementation, case) -> N
     x, w = x[:1, :2, :2, :2], w[:1, :2, :2]
     size = w.size
     columns = [reference(case, x, column.reshape(w.shape)).ravel() for column in np.eye(size)]
-    loss = lambda w: (convolve(implementation, case)(x, w) ** 2).sum() / 2  # noqa: E731
+    loss = lambda w: (convolve(implementation, case)(x, w) ** 2).sum() / 2
     hessian = jax.jit(jax.hessian(loss))(w).reshape(size, size)
     close(hessian, np.stack(columns) @ np.stack(columns).T)
 
@@ -81,9 +81,7 @@ def test_hessian_of_a_square_is_twice_its_gram_matrix(implementation, case) -> N
 def test_third_derivatives(implementation) -> None:
     """``y = x * w`` with one tap: d3 (y^3) / dx dx dw = 18 x w^2 ... evaluated at a point."""
     f = lambda x, w: (
-        c3t.conv3d_transpose(  # noqa: E731
-            x.reshape(1, 1, 1, 1, 1), w.reshape(1, 1, 1, 1, 1), implementation=implementation
-        ).sum()
+        c3t.conv3d_transpose(x.reshape(1, 1, 1, 1, 1), w.reshape(1, 1, 1, 1, 1), implementation=implementation).sum()
         ** 3
     )
     third = jax.jacfwd(jax.jacrev(jax.grad(f, 0), 0), 1)(jnp.float64(2.0), jnp.float64(3.0))
@@ -115,7 +113,7 @@ def test_vmap(implementation, case, mapped) -> None:
 @by_implementation
 def test_gradients_under_vmap_are_per_example_gradients(implementation, case) -> None:
     x, w, _ = operands(case)
-    loss = lambda w, x: (convolve(implementation, case)(x, w) ** 2).sum()  # noqa: E731
+    loss = lambda w, x: (convolve(implementation, case)(x, w) ** 2).sum()
     per_example = jax.vmap(jax.grad(loss), (None, 0))(w, x)
     for i in range(x.shape[0]):
         y = reference(case, x[i : i + 1], w)
@@ -126,7 +124,7 @@ def test_gradients_under_vmap_are_per_example_gradients(implementation, case) ->
 @by_implementation
 def test_checkpoint_keeps_values_and_gradients(implementation, case) -> None:
     x, w, b = operands(case)
-    loss = lambda x, w: jnp.sin(jax.checkpoint(convolve(implementation, case))(x, w, b)).sum()  # noqa: E731
+    loss = lambda x, w: jnp.sin(jax.checkpoint(convolve(implementation, case))(x, w, b)).sum()
     y = reference(case, x, w, b)
     value, (gx, gw) = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w)
     close(value, np.sin(y).sum())
@@ -142,7 +140,7 @@ def test_scan_over_layers(implementation) -> None:
     x, kernels = jnp.asarray(rng.normal(size=(1, 3, 2, 4, 2))), jnp.asarray(rng.normal(size=(3, 3, 3, 3, 2, 2)))
 
     def loss(kernels):
-        step = lambda h, k: (c3t.conv3d_transpose(h, k, padding="same", implementation=implementation), None)  # noqa: E731
+        step = lambda h, k: (c3t.conv3d_transpose(h, k, padding="same", implementation=implementation), None)
         return lax.scan(step, x, kernels)[0].sum()
 
     hidden = [np.asarray(x)]
@@ -211,7 +209,7 @@ def test_symbolic_output_size_follows_the_skip_connection() -> None:
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(1, 3, 3, 3, 2)), rng.normal(size=(2, 2, 2, 2, 2))
     (n,) = export.symbolic_shape("n")
-    run = lambda x, skip: c3t.conv3d_transpose(x, w, strides=2, output_size=skip.shape[1:4])  # noqa: E731
+    run = lambda x, skip: c3t.conv3d_transpose(x, w, strides=2, output_size=skip.shape[1:4])
     specs = [jax.ShapeDtypeStruct((1, size, size, size, 2), np.float64) for size in (n, 2 * n + 1)]
     exported = export.export(jax.jit(run))(*specs)
     want = oracle.conv3d_transpose(x, w, strides=2, output_padding=1)

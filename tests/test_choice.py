@@ -1,0 +1,118 @@
+"""Which lowering runs, read off the lowered module; how much is compiled; and how often."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import conv3dt_jax as c3t
+from conv3dt_jax import _choice, _spec
+
+PRIMITIVES = {"dilated": "stablehlo.convolution", "matmul": "stablehlo.dot_general", "phases": "stablehlo.dot_general"}
+
+
+def module(platform="cpu", *, kernel=(3, 3, 3), channels=4, filters=4, dtype=jnp.float32, space=(4, 4, 4), **kwargs):
+    """The StableHLO text of a call, lowered for one platform."""
+    x = jax.ShapeDtypeStruct((1, *space, channels), dtype)
+    w = jax.ShapeDtypeStruct((*kernel, filters, channels), dtype)
+    run = jax.jit(functools.partial(c3t.conv3d_transpose, **kwargs))
+    return export.export(run, platforms=[platform])(x, w).mlir_module()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("implementation", list(PRIMITIVES))
+def test_a_named_lowering_runs_on_every_platform(platform, implementation) -> None:
+    text = module(platform, strides=2, implementation=implementation)
+    assert PRIMITIVES[implementation] in text
+    assert (set(PRIMITIVES.values()) - {PRIMITIVES[implementation]}).pop() not in text
+
+
+def test_matmul_multiplies_once_and_phases_once_per_depth_shift() -> None:
+    count = lambda name: module(strides=2, implementation=name).count("stablehlo.dot_general")
+    assert (count("matmul"), count("phases")) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("platform", "kwargs", "primitive"),
+    [
+        ("cpu", {"kernel": (2, 2, 2), "strides": 2}, "dot_general"),
+        ("cuda", {"kernel": (2, 2, 2), "strides": 2}, "dot_general"),
+        ("tpu", {"kernel": (2, 2, 2), "strides": 2}, "dot_general"),
+        ("cpu", {"strides": 2}, "dot_general"),
+        ("cuda", {"strides": 2}, "convolution"),
+        ("tpu", {"strides": 2}, "convolution"),
+        ("cuda", {"strides": 2, "dtype": jnp.int32}, "dot_general"),
+        ("cpu", {"kernel": (17, 17, 17), "space": (8, 8, 8)}, "convolution"),
+    ],
+    ids=str,
+)
+def test_auto_follows_its_rule(platform, kwargs, primitive) -> None:
+    text = module(platform, **kwargs)
+    assert f"stablehlo.{primitive}" in text
+    assert {"dot_general": "stablehlo.convolution", "convolution": "stablehlo.dot_general"}[primitive] not in text
+
+
+def geometry(kernel, strides, space=(8, 8, 8)):
+    return _spec.Conv3DTransposeSpec(1, kernel, strides).geometry(space)
+
+
+def test_auto_on_cpu_takes_the_smaller_temporary() -> None:
+    few, many = (
+        _choice.choose("cpu", geometry(3, 2), channels, filters, np.dtype("float32"))
+        for channels, filters in ((64, 1), (8, 32))
+    )
+    assert (few, many) == ("matmul", "phases")
+
+
+def test_one_module_for_several_platforms_holds_a_branch_for_each_choice() -> None:
+    x, w = jnp.ones((1, 4, 4, 4, 4)), jnp.ones((3, 3, 3, 4, 4))
+    run = jax.jit(functools.partial(c3t.conv3d_transpose, strides=2))
+    text = export.export(run, platforms=["cpu", "cuda", "tpu"])(x, w).mlir_module()
+    assert "stablehlo.case" in text
+    assert "stablehlo.convolution" in text
+    assert "stablehlo.dot_general" in text
+
+
+@pytest.mark.parametrize("implementation", ["auto", "dilated", "matmul", "phases"])
+@pytest.mark.parametrize("padding", ["valid", "same", "circular"])
+def test_a_large_stride_is_not_thousands_of_operations(implementation, padding) -> None:
+    """A 7x7x7 kernel with stride 16 has 4096 phases; the program stays small, forward and backward."""
+    x, w = jnp.ones((1, 2, 2, 2, 3)), jnp.ones((7, 7, 7, 2, 3))
+    run = lambda x, w: c3t.conv3d_transpose(x, w, strides=16, padding=padding, implementation=implementation).sum()
+    lowered = jax.jit(jax.value_and_grad(run, (0, 1))).lower(x, w)
+    assert len(re.findall("stablehlo[.]", lowered.as_text())) < 200
+    assert jnp.isfinite(lowered.compile()(x, w)[0])
+
+
+def test_no_lowering_stores_the_zero_stuffed_input() -> None:
+    """Stride 8 stuffs 511 zeros per element: 64 MiB here; forward temporaries stay below a few inputs and outputs."""
+    x, w = jnp.ones((1, 16, 16, 16, 8)), jnp.ones((3, 3, 3, 1, 8))
+    stuffed = 16**3 * 8**3 * 8 * 4
+    output = 16**3 * 8**3 * 4
+    for implementation in ("auto", "dilated", "matmul", "phases"):
+        run = jax.jit(functools.partial(c3t.conv3d_transpose, strides=8, implementation=implementation))
+        temporaries = run.lower(x, w).compile().memory_analysis().temp_size_in_bytes
+        assert temporaries < min(stuffed, 4 * output), implementation
+
+
+def test_gathered_shifts_are_not_kept_for_the_backward_pass() -> None:
+    """Between forward and backward `phases` keeps the operands, not its gathered copies (8 times the inputs here)."""
+    x, w = jnp.ones((1, 4, 4, 4, 4)), jnp.ones((4, 4, 4, 2, 4))
+    run = functools.partial(c3t.conv3d_transpose, strides=2, implementation="phases")
+    _, pullback = jax.vjp(jax.jit(run), x, w)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(pullback))
+    assert kept <= x.size + w.size + 8  # a few scalars
+
+
+def test_equal_calls_compile_once(caplog: pytest.LogCaptureFixture) -> None:
+    x, w = jnp.ones((1, 2, 2, 2, 5)), jnp.ones((2, 2, 2, 3, 5))
+    c3t.conv3d_transpose(x, w, strides=2, padding="same")
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        c3t.conv3d_transpose(x, w, strides=(2, 2, 2), padding="SAME", groups=1, implementation="AUTO")
+        assert "Compiling" not in caplog.text
+        c3t.conv3d_transpose(x, w, strides=2, padding="valid", output_padding=1)
+        assert "Compiling" in caplog.text
