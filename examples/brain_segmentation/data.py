@@ -7,6 +7,7 @@ import pathlib
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 
 MAX_CLASSES = 64
 
@@ -121,13 +122,13 @@ def _subject(image: nib.Nifti1Image, labels: np.ndarray, names: tuple[str, ...],
     head = volume[volume > volume.mean() / 2]
     if head.size < 2 or head.std() == 0:
         raise DataError("the image is constant; there is nothing to learn from")
-    spacing = nib.affines.voxel_sizes(image.affine)[np.argsort(ornt[:, 0])]
+    spacing = voxel_sizes(image.affine)[np.argsort(ornt[:, 0])]
     return Subject(
         image=(volume - head.mean()) / head.std(),
         labels=nib.orientations.apply_orientation(labels, ornt).astype(np.int32),
         names=names,
         values=values,
-        spacing=tuple(map(float, spacing)),
+        spacing=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
         original=image,
     )
 

@@ -21,7 +21,9 @@ def segment(model: UNet, params: Any, image: np.ndarray) -> np.ndarray:
     core = TILE - 2 * MARGIN
     assert TILE % FACTOR == 0
     padded = np.pad(image, [(MARGIN, MARGIN + -size % core) for size in image.shape], mode="edge")
-    predict = jax.jit(lambda params, tile: jnp.argmax(model.apply({"params": params}, tile), -1).astype(jnp.int32))
+    predict = jax.jit(
+        lambda params, tile: jnp.argmax(jnp.asarray(model.apply({"params": params}, tile)), -1).astype(jnp.int32)
+    )
     labels = np.zeros([size + -size % core for size in image.shape], np.int32)
     for start in itertools.product(*(range(0, size, core) for size in image.shape)):
         tile = padded[tuple(slice(a, a + TILE) for a in start)]

@@ -41,7 +41,11 @@ def draw(path: pathlib.Path, subject: Subject, prediction: np.ndarray, losses: S
     _legend(figure.add_subplot(side[0]), subject)
     _loss(figure.add_subplot(side[1]), losses)
     figure.suptitle(
-        "A 3-D U-Net with Conv3DTranspose, on slices it never saw", color=_INK, fontsize=14, x=0.035, ha="left"
+        "A 3-D U-Net with Conv3DTranspose, beyond the dashed line lies what it never saw",
+        color=_INK,
+        fontsize=14,
+        x=0.035,
+        ha="left",
     )
     figure.savefig(path, dpi=130, facecolor=_PAPER)
 
@@ -114,7 +118,7 @@ def _show(axes: Any, panel: np.ndarray, classes: int, *, grey: bool, mark: tuple
 
 
 def _legend(axes: Any, subject: Subject) -> None:
-    colours = _palette(len(subject.names)).colors
+    colours: Any = _palette(len(subject.names)).colors
     shown = list(zip(subject.names, colours, strict=True))[1:9]
     handles: list[Any] = [Patch(facecolor=colour, label=name) for name, colour in shown]
     handles.append(

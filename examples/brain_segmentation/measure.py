@@ -70,7 +70,7 @@ def step(module: nn.Module, x: jax.Array) -> Callable[[], object]:
 
     @jax.jit
     def run(params: object, x: jax.Array) -> object:
-        return jax.value_and_grad(lambda p, x: jnp.square(module.apply(p, x)).sum(), (0, 1))(params, x)
+        return jax.value_and_grad(lambda p, x: jnp.square(jnp.asarray(module.apply(p, x))).sum(), (0, 1))(params, x)
 
     jax.block_until_ready(run(params, x))
     return lambda: jax.block_until_ready(run(params, x))

@@ -1,6 +1,12 @@
 """A compact 3-D U-Net. Its parts were chosen by measurement on CPU, where XLA is slow at ordinary 3-D convolutions.
 
-`python -m examples.brain_segmentation.measure` times the alternatives of each part, forward and backward.
+`python -m examples.brain_segmentation.measure` times the alternatives, forward with both gradients. On two cores, for
+patches of 32 voxels in batches of 4, relative to what is used here:
+
+    3x3x3, stride 1, 8 to 32 channels    Conv3DTranspose 1     flax Conv 1.5 to 3.6
+    halving, 8 or 16 channels            space to depth 1      max pool 1.6 to 2.9, 2x2x2 strided convolution 24 to 39,
+                                                               3x3x3 strided convolution 75 to 127
+    doubling, 16 or 32 channels          Conv3DTranspose 1     flax ConvTranspose 31, trilinear 0.8 to 0.9
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def save_table(out: pathlib.Path, subject: Subject, entries: Sequence[Entry]) ->
 def save_parameters(out: pathlib.Path, params: Any) -> None:
     """One array per parameter, named by its path in the tree."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
-    np.savez(out / PARAMETERS, **{name: np.asarray(value) for name, value in flat.items()})
+    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in flat.items()}
+    np.savez(out / PARAMETERS, **arrays)
 
 
 def save_segmentation(out: pathlib.Path, subject: Subject, prediction: np.ndarray) -> None:

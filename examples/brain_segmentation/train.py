@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
@@ -71,7 +72,9 @@ def train(model: UNet, sampler: PatchSampler, steps: int, learning_rate: float, 
     def step(
         params: Params, state: optax.OptState, image: jax.Array, labels: jax.Array
     ) -> tuple[Params, Any, jax.Array]:
-        loss, gradient = jax.value_and_grad(lambda p: loss_function(model.apply({"params": p}, image), labels))(params)
+        loss, gradient = jax.value_and_grad(
+            lambda p: loss_function(jnp.asarray(model.apply({"params": p}, image)), labels)
+        )(params)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, loss
 
