@@ -92,7 +92,7 @@ def test_a_few_steps_lower_the_loss_and_the_same_seed_repeats_them(brain: Subjec
 
 
 def test_the_decoder_is_conv3d_transpose() -> None:
-    params = UNet(4, 4).init(jax.random.key(0), np.zeros((1, 8, 8, 8, 1), np.float32))["params"]
+    params = jax.eval_shape(UNet(4, 4).init, jax.random.key(0), np.zeros((1, 8, 8, 8, 1), np.float32))["params"]
     kernels = [value["kernel"].shape for name, value in params.items() if name.startswith("Conv3DTranspose")]
     assert sorted(kernels) == [(2, 2, 2, 4, 8), (2, 2, 2, 8, 16), (2, 2, 2, 16, 32)]
 
