@@ -36,6 +36,7 @@ class LayerConfig:
     bias_initializer: _initializers.Initializer
     dtype: np.dtype | None
     param_dtype: np.dtype
+    input_shape: tuple[int | None, ...] | None
 
 
 def configure(layer: Any) -> LayerConfig:
@@ -78,7 +79,18 @@ def configure(layer: Any) -> LayerConfig:
         bias_initializer=_initializers.get("bias_initializer", layer.bias_initializer),
         dtype=args.dtype_value("dtype", layer.dtype),
         param_dtype=param_dtype,
+        input_shape=_input_shape(layer.input_shape),
     )
+
+
+def _input_shape(value: Any) -> tuple[int | None, ...] | None:
+    if value is None:
+        return None
+    if not args.is_sequence(value) or len(value) != 4:
+        raise ValueError(
+            f"{args.received('input_shape', value)} must be the 4 sizes of an input without its batch (or None)."
+        )
+    return tuple(None if size is None else args.integer("input_shape", size, minimum=0, whole=value) for size in value)
 
 
 def hashable(value: Any) -> Any:
@@ -93,7 +105,11 @@ def hashable(value: Any) -> Any:
 def in_channels(config: LayerConfig, inputs: Any) -> tuple[jax.Array, int]:
     """The inputs as an array, and the number of their channels."""
     array = _operands.array("inputs", inputs)
-    return array, config.spec.split_shape(array.shape)[2]
+    channels = config.spec.split_shape(array.shape)[2]
+    expected = config.input_shape or (None,) * 4
+    if any(size not in (None, given) for size, given in zip(expected, array.shape[-4:], strict=True)):
+        raise ValueError(f"the inputs have shape {array.shape}, but the layer was made for `input_shape={expected}`.")
+    return array, channels
 
 
 def compute_dtype(config: LayerConfig, *operands: jax.Array | None) -> np.dtype:

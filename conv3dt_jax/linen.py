@@ -51,6 +51,7 @@ class Conv3DTranspose(nn.Module):
       param_dtype: dtype of the parameters.
       precision: see `jax.lax.conv_general_dilated`.
       implementation: "auto" or the name of a lowering, as in `conv3d_transpose`.
+      input_shape: Keras's hint, the shape of an input without its batch, None for unknown sizes; checked at the call.
 
     Parameters: ``kernel`` ``(kd, kh, kw, F // G, C)`` and, with ``use_bias``, ``bias`` ``(F,)``.
 
@@ -96,6 +97,7 @@ class Conv3DTranspose(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     precision: lax.PrecisionLike = None
     implementation: functional.Implementation = "auto"
+    input_shape: Sequence[int | None] | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # lists and dicts would make the module unhashable, and so jit fail

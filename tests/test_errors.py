@@ -89,6 +89,8 @@ CONSTRUCTION = [
     ({"precision": "best"}, ValueError, "`precision='best'` must be None, 'default', 'high', 'highest'"),
     ({"implementation": "fastest"}, ValueError, "must be 'auto', 'dilated', 'matmul' or 'phases'"),
     ({"implementation": None}, TypeError, "`implementation=None` must be"),
+    ({"input_shape": (4, 4, 3)}, ValueError, "`input_shape=(4, 4, 3)` must be the 4 sizes of an input without its batch"),
+    ({"input_shape": (4, 4.0, 4, 3)}, TypeError, "must be an integer, not float"),
 ]  # fmt: skip
 
 
@@ -116,6 +118,7 @@ AT_CALL = [
     ({}, "volume", TypeError, "`inputs` must be a JAX or NumPy array, not str"),
     ({}, X > 0, TypeError, "`inputs` must hold numbers, not bool"),
     ({}, np.full(X.shape, "a"), TypeError, "`inputs` must hold numbers"),
+    ({"input_shape": (3, 4, 6, 4)}, X, ValueError, "shape (1, 3, 4, 5, 4), but the layer was made for `input_shape=(3, 4, 6"),
     ({"groups": 2}, X[..., :3], ValueError, "3 channels, which `groups=2` does not divide; the nearest"),
     ({"padding": 4}, X, ValueError, "`padding=((4, 4), (4, 4), (4, 4))` leaves no output along depth: an input of 3"),
     ({"padding": (0, 0, 4)}, X, ValueError, "leaves no output along width: an input of 5"),
@@ -220,7 +223,7 @@ def test_apply_compares_the_kernel_with_the_spec() -> None:
         {"filters": np.int64(4)}, {"kernel_size": np.int32(3)}, {"kernel_size": np.array([3, 3, 3])},
         {"kernel_size": [3, 3, 3]}, {"strides": np.array(2)}, {"output_padding": [np.int64(1), 0, 1], "strides": 2},
         {"padding": np.array([[0, 1], [1, 0], [1, 1]])}, {"padding": [1, (0, 1), 1]}, {"use_bias": np.bool_(False)},
-        {"padding": "SaMe"}, {"data_format": "channels_first"}, {"precision": ("high", None)},
+        {"input_shape": (3, None, 5, 4)}, {"padding": "SaMe"}, {"data_format": "channels_first"}, {"precision": ("high", None)},
     ],
     ids=str,
 )  # fmt: skip
