@@ -26,8 +26,8 @@ from tqdm import tqdm
 from benchmarks.cases import CASES, Case
 from benchmarks.contestants import CONTESTANTS, NOT_COMPARED, Operation
 
-SLOW = 2.0
-"""Calls that take more seconds than this are timed once."""
+SLOW, QUICK = 2.0, 0.2
+"""Calls that take more seconds than `SLOW` are timed once; before those within `QUICK` goes an untimed one."""
 
 
 def training(operation: Operation) -> Callable[..., Any]:
@@ -82,7 +82,8 @@ def measure(case: Case, names: list[str], rounds: int, progress: tqdm) -> dict[s
     for _ in range(rounds):
         for (name, kind), samples in times.items():
             if warm_up[name, kind] <= SLOW:
-                seconds(prepared[name][kind])  # untimed: the heap and caches are those of the contestant before
+                if warm_up[name, kind] <= QUICK:  # untimed: heap and caches are those of the contestant before
+                    seconds(prepared[name][kind])
                 samples.append(seconds(prepared[name][kind]))
             elif not samples:  # its warm-up is its only round: noise is small beside it
                 samples.append(warm_up[name, kind])

@@ -114,7 +114,15 @@ def in_channels(config: LayerConfig, inputs: Any) -> tuple[jax.Array, int]:
 
 def compute_dtype(config: LayerConfig, *operands: jax.Array | None) -> np.dtype:
     """``dtype`` where it is given; else what the inputs and parameters promote to, at least a float (Flax's rule)."""
+    given = [operand for operand in operands if operand is not None]
     if config.dtype is not None:
+        if any(jnp.iscomplexobj(operand) for operand in given) and not jnp.issubdtype(
+            config.dtype, jnp.complexfloating
+        ):
+            raise TypeError(
+                f"`dtype={config.dtype.name}` would drop the imaginary part of complex inputs or parameters; "
+                "leave it None, or give a complex dtype."
+            )
         return config.dtype
-    promoted = jnp.result_type(*(operand for operand in operands if operand is not None))
+    promoted = jnp.result_type(*given)
     return promoted if jnp.issubdtype(promoted, jnp.inexact) else jnp.promote_types(promoted, jnp.float32)

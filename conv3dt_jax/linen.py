@@ -103,7 +103,7 @@ class Conv3DTranspose(nn.Module):
         for field in dataclasses.fields(self):  # lists and dicts would make the module unhashable, and so jit fail
             if isinstance(getattr(self, field.name), list | dict | np.ndarray):
                 object.__setattr__(self, field.name, _layer.hashable(getattr(self, field.name)))
-        object.__setattr__(self, "_config", _layer.configure(self))
+        _layer.configure(self)  # for its errors; what it returns holds functions, which would keep pickle away
         super().__post_init__()
 
     @nn.compact
@@ -118,7 +118,7 @@ class Conv3DTranspose(nn.Module):
         Returns:
           ``(N, D', H', W', F)``, or ``(N, F, D', H', W')`` with "channels_first".
         """
-        config: _layer.LayerConfig = self._config
+        config = _layer.configure(self)
         inputs, channels = _layer.in_channels(config, inputs)
         spec = config.spec if output_size is None else config.spec.without_output_padding()
         kernel_shape = spec.kernel_shape(channels)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import conv3dt_jax as c3t
 from tests import oracle
@@ -92,6 +93,12 @@ def test_bias_may_have_the_dtype_of_the_operands_or_of_the_result() -> None:
     for dtype in (jnp.bfloat16, jnp.float32):
         y = c3t.conv3d_transpose(x, w, jnp.full((2,), 0.5, dtype), preferred_element_type=jnp.float32)
         np.testing.assert_array_equal(y, 3.5)
+
+
+def test_parameters_of_flax_nnx_are_arrays_too() -> None:
+    kernel, bias = nnx.Param(jnp.ones((2, 2, 2, 6, 4))), nnx.Param(jnp.ones((6,)))
+    y = jax.jit(lambda x: c3t.conv3d_transpose(x, kernel, bias, strides=2))(X)
+    np.testing.assert_allclose(y[0, 0, 0, 0, 0], X[0, 0, 0, 0].sum() + 1, rtol=1e-6)
 
 
 def test_the_sum_and_the_bias_are_rounded_once() -> None:

@@ -1,7 +1,9 @@
 """The Linen layer: parameters, dtypes, the Keras configuration file, and life inside Flax."""
 
+import copy
 import json
 import pathlib
+import pickle
 
 import flax.linen as nn
 import jax
@@ -185,6 +187,23 @@ def test_boxed_parameters_are_taken_and_checked() -> None:
     np.testing.assert_array_equal(model.apply(variables, X), model.apply(nn.unbox(variables), X))
     with pytest.raises(ValueError, match="the inputs have 2 channels"):
         model.apply(variables, X[..., :2])
+
+
+@pytest.mark.lenient
+def test_a_real_dtype_does_not_drop_imaginary_parts() -> None:
+    layer = c3t.Conv3DTranspose(4, 2, dtype="float32")
+    with pytest.raises(TypeError, match="`dtype=float32` would drop the imaginary part"):
+        layer.init(jax.random.key(0), jnp.ones((1, 2, 2, 2, 3), "complex64"))
+
+
+def test_the_layer_can_be_pickled_and_copied() -> None:
+    layer = c3t.Conv3DTranspose(
+        4, [2, 2, 2], activation="relu", kernel_initializer={"class_name": "HeNormal", "config": {}}
+    )
+    variables = layer.init(jax.random.key(0), X)
+    for twin in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer), copy.copy(layer)):
+        assert twin == layer
+        np.testing.assert_array_equal(twin.apply(variables, X), layer.apply(variables, X))
 
 
 def test_lifted_transforms() -> None:
