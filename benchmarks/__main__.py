@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import pathlib
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.contestants import CONTESTANTS, NOT_COMPARED, Operation
 
 SLOW, QUICK = 2.0, 0.2
-"""Calls that take more seconds than `SLOW` are timed once; before those within `QUICK` goes an untimed one."""
+"""Seconds: slower calls are timed once; quicker ones three times a round, after one that is not timed."""
 
 
 def training(operation: Operation) -> Callable[..., Any]:
@@ -79,12 +80,16 @@ def measure(case: Case, names: list[str], rounds: int, progress: tqdm) -> dict[s
     prepared = prepare(case, names)
     times: dict[tuple[str, str], list[float]] = {(name, kind): [] for name in names for kind in ("forward", "training")}
     warm_up = {(name, kind): seconds(prepared[name][kind]) for name, kind in times}
+    order, rng = list(times), random.Random(0)
     for _ in range(rounds):
-        for (name, kind), samples in times.items():
-            if warm_up[name, kind] <= SLOW:
-                if warm_up[name, kind] <= QUICK:  # untimed: heap and caches are those of the contestant before
-                    seconds(prepared[name][kind])
-                samples.append(seconds(prepared[name][kind]))
+        rng.shuffle(order)  # a call finds the heap and the caches as the one before left them
+        for name, kind in order:
+            call, samples = prepared[name][kind], times[name, kind]
+            if warm_up[name, kind] <= QUICK:
+                seconds(call)
+                samples.extend(seconds(call) for _ in range(3))
+            elif warm_up[name, kind] <= SLOW:
+                samples.append(seconds(call))
             elif not samples:  # its warm-up is its only round: noise is small beside it
                 samples.append(warm_up[name, kind])
         progress.update()

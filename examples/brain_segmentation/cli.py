@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         help="NIfTI files of your own: an image, and integer labels on its grid, 0 for the background "
         "(default: the MNI152 brain of the nilearn package)",
     )  # fmt: skip
-    p.add_argument("--steps", type=positive, default=150, help="training steps")
+    p.add_argument("--steps", type=positive, default=100, help="training steps")
     p.add_argument("--patch", type=positive, default=32, help=f"edge of the cubic patches, a multiple of {FACTOR}")
     p.add_argument("--batch", type=positive, default=4, help="patches per step")
     p.add_argument("--features", type=positive, default=8, help="channels of the finest level")
