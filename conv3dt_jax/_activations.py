@@ -139,7 +139,7 @@ def get(argument: str, identifier: Any) -> Activation:
                 f"`{argument}='threshold'` needs a threshold and a default_value; pass a callable, or the config dict "
                 "{'class_name': 'threshold', 'config': {'threshold': ..., 'default_value': ...}}."
             )
-        return functools.partial(FUNCTIONS[name], **config) if config else FUNCTIONS[name]
+        return _configured(argument, name, FUNCTIONS[name], config) if config else FUNCTIONS[name]
     if callable(identifier) and not isinstance(identifier, type):
         return identifier
     raise TypeError(
@@ -148,10 +148,22 @@ def get(argument: str, identifier: Any) -> Activation:
     )
 
 
+def _configured(argument: str, name: str, function: Callable[..., jax.Array], config: Mapping[str, Any]) -> Activation:
+    """The function with its options; one that it does not take is refused here, not at the first call."""
+    configured = functools.partial(function, **config)
+    try:
+        jax.eval_shape(configured, jax.ShapeDtypeStruct((2, 2, 2, 2, 2), jnp.float32))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{argument}`: the config {dict(config)!r} does not fit {name!r}: {str(error).splitlines()[0]}"
+        ) from None
+    return configured
+
+
 def _from_layer(argument: str, name: str, config: Mapping[str, Any]) -> Activation:
     function, keys = _LAYERS[name]
     unknown = set(config) - set(keys) - {"name", "dtype", "trainable"}
     if unknown:
         raise ValueError(f"`{argument}`: the config of {name} has unknown keys {sorted(unknown)}.")
     given = {keys[key]: value for key, value in config.items() if key in keys}
-    return functools.partial(function, **{**_LAYER_DEFAULTS.get(name, {}), **given})
+    return _configured(argument, name, function, {**_LAYER_DEFAULTS.get(name, {}), **given})

@@ -89,7 +89,7 @@ def padding_value(value: Any) -> str | Pairs:
         return value.lower()
     if value is None:
         raise TypeError(f"{rule}; for no cropping write padding='valid' or padding=0.")
-    if not is_sequence(value) and not (isinstance(value, np.ndarray) and value.ndim == 2):
+    if not is_sequence(value) and not (isinstance(value, np.ndarray | jax.Array) and value.ndim == 2):
         if isinstance(value, set | frozenset | dict):
             raise TypeError(f"{rule}.")
         return (_pair(value, value),) * 3
@@ -148,6 +148,8 @@ def dtype_value(name: str, value: Any) -> np.dtype | None:
     """A numeric dtype, or None."""
     if value is None:
         return None
+    if any(value is kind for kind in (float, complex, int)):  # they mean JAX's default width
+        value = jax.dtypes.canonicalize_dtype(value)
     try:
         dtype = jnp.dtype(value)
     except TypeError:
@@ -159,4 +161,14 @@ def dtype_value(name: str, value: Any) -> np.dtype | None:
             f"{received(name, value)} needs 64-bit types, which JAX has switched off; "
             "set jax.config.update('jax_enable_x64', True) or choose a 32-bit dtype."
         )
+    return dtype
+
+
+def inexact_dtype(name: str, value: Any) -> np.dtype:
+    """A dtype that parameters can be trained in."""
+    dtype = dtype_value(name, value)
+    if dtype is None:
+        raise TypeError(f"`{name}=None` must be a dtype such as jnp.float32.")
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"`{name}={dtype.name}` must be a floating or complex dtype: the weights are trained.")
     return dtype

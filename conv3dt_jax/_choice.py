@@ -3,9 +3,10 @@
 "auto" decides per platform when a module is compiled for it, so that one exported module serves all of them:
 
 - no overlap (every effective kernel <= its stride): `matmul`, everywhere. It does no work on zeros and one pass.
-- CPU, overlap: XLA runs a dilated convolution as a scalar loop there, so one of the matrix lowerings, the one with
-  the smaller temporary per input cell: `matmul` keeps a product for every tap and filter, `phases` the gathered
-  channels and the phases. Where even that is large (kernels of hundreds of taps at stride 1), `dilated`.
+- CPU, overlap: XLA runs a dilated convolution as a scalar loop there, so one of the matrix lowerings, the one that
+  writes fewer values. `matmul` writes a product for every input, tap and filter; `phases` the gathered channels, the
+  phases and a kernel filled up with zeros, which counts where volumes are small and channels many. Kernels of hundreds
+  of taps at stride 1 would unroll `phases` into as many pieces: `matmul` where its products are few, else `dilated`.
 - GPU and TPU, overlap: `dilated`, which their compilers hand to convolution hardware; integers and complex numbers,
   which those libraries do not take, go to `phases`.
 - sizes that are not known when the operation is traced: `dilated`.
@@ -14,6 +15,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,12 +25,15 @@ from conv3dt_jax.lowerings import LOWERINGS, phases
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
-# Values per input cell beyond which the matrix lowerings' temporaries outweigh their speed.
-_MOST_PIECES = 512
+_MOST_PIECES = 216
+"""Shifts that `phases` may unroll; its compile time grows with them."""
+
+_MOST_PRODUCTS = 4096
+"""Products per input that `matmul` may hold where `phases` is out of the question."""
 
 
-def choose(platform: str, geometry: Geometry, channels: int, filters: int, dtype: np.dtype) -> str:
-    """The name of the lowering that "auto" means on ``platform``."""
+def choose(platform: str, geometry: Geometry, batch: Any, channels: int, filters: int, dtype: np.dtype) -> str:
+    """The name of the lowering that "auto" means on ``platform``; ``batch`` may be symbolic."""
     if not all(isinstance(axis.out, int) for axis in geometry):
         return "dilated"
     if not any(axis.overlaps for axis in geometry):
@@ -36,12 +41,17 @@ def choose(platform: str, geometry: Geometry, channels: int, filters: int, dtype
     if platform != "cpu":
         return "dilated" if jnp.issubdtype(dtype, jnp.floating) else "phases"
     taps = math.prod(axis.k for axis in geometry)
-    shifts = math.prod(len(phases.blocks(axis)) for axis in geometry)
-    if shifts > _MOST_PIECES:
-        return "dilated"
-    gathered = shifts // len(phases.blocks(geometry[0])) * channels
-    interleaved = math.prod(axis.s for axis in geometry) * filters
-    return "matmul" if taps * filters <= gathered + interleaved else "phases"
+    shifts = [len(phases.blocks(axis)) for axis in geometry]
+    if math.prod(shifts) > _MOST_PIECES:
+        return "matmul" if taps * filters <= _MOST_PRODUCTS else "dilated"
+    batch = batch if isinstance(batch, int) else 1
+    inputs = batch * math.prod(axis.n for axis in geometry)
+    windows = batch * math.prod(phases.window_length(axis) for axis in geometry)
+    strides = math.prod(axis.s for axis in geometry)
+    products = inputs * taps * filters + taps * channels * filters
+    gathered = windows * (shifts[1] * shifts[2] * channels + strides * filters)
+    filled_kernel = 2 * math.prod(shifts) * strides * channels * filters
+    return "matmul" if products <= gathered + filled_kernel else "phases"
 
 
 def check_named(implementation: str, geometry: Geometry) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from conv3dt_jax import _identifiers
+from conv3dt_jax._arguments import received
 
 Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
 
@@ -32,7 +34,7 @@ def _ones() -> Initializer:
 
 
 def _constant(value: float = 0.0) -> Initializer:
-    return lambda key, shape, dtype: jnp.full(shape, value, dtype)
+    return lambda key, shape, dtype: jnp.broadcast_to(jnp.asarray(value, dtype), shape)
 
 
 def _random_normal(mean: float = 0.0, stddev: float = 0.05) -> Initializer:
@@ -58,7 +60,7 @@ def _variance_scaling(
     input_axes: Sequence[int] | None = None,
     output_axes: Sequence[int] | None = None,
 ) -> Initializer:
-    distribution = {"normal": "truncated_normal"}.get(distribution.lower(), distribution.lower())
+    distribution = {"normal": "truncated_normal"}.get(str(distribution).lower(), str(distribution).lower())
     if scale <= 0:
         raise ValueError(f"`scale={scale}` of a variance-scaling initializer must be positive.")
     if mode not in ("fan_in", "fan_out", "fan_avg"):
@@ -145,6 +147,8 @@ def get(argument: str, identifier: Any) -> Initializer:
       ValueError: an unknown name, or a config that does not fit.
       TypeError: none of the above.
     """
+    if isinstance(identifier, type) and hasattr(identifier, "get_config"):
+        identifier = identifier()  # Keras takes the class for an object with its defaults
     if isinstance(identifier, str | Mapping):
         return _from_name(argument, *_identifiers.parse(argument, identifier))
     if callable(identifier) and not isinstance(identifier, type):
@@ -152,7 +156,7 @@ def get(argument: str, identifier: Any) -> Initializer:
             return _from_name(argument, type(identifier).__name__, identifier.get_config())
         return _adapt(identifier)
     raise TypeError(
-        f"`{argument}={identifier!r}` must be a Keras name, a config dict or a callable (key, shape, dtype), "
+        f"{received(argument, identifier)} must be a Keras name, a config dict or a callable (key, shape, dtype), "
         f"not {type(identifier).__name__}."
     )
 
@@ -170,13 +174,14 @@ def _from_name(argument: str, name: str, config: dict[str, Any]) -> Initializer:
         raise _identifiers.unknown_name(argument, name, MAKERS)
     config = dict(config)
     seed = config.pop("seed", None)
+    config.pop("dtype", None)  # written by TensorFlow 2's Keras; the dtype is the layer's to say
     initializer = _identifiers.call_with(argument, name, MAKERS[known], config)
     return initializer if seed is None else _seeded(argument, initializer, seed)
 
 
 def _seeded(argument: str, initializer: Initializer, seed: Any) -> Initializer:
     """Always draws with ``seed``, and the values that Keras on JAX draws with it."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise ValueError(f"`{argument}`: the seed {seed!r} must be an integer from 0 to 2**32 - 1.")
 
     def initialize(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:

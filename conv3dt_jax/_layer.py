@@ -64,21 +64,13 @@ def configure(layer: Any) -> LayerConfig:
         implementation=layer.implementation,
     )
     spec.check_keras_rules()
-    param_dtype = args.dtype_value("param_dtype", layer.param_dtype)
-    for name, value in (("dtype", args.dtype_value("dtype", layer.dtype)), ("param_dtype", param_dtype)):
-        if value is not None and not jnp.issubdtype(value, jnp.inexact):
-            raise TypeError(
-                f"`{name}={value.name}` must be a floating or complex dtype: the layer's weights are trained."
-            )
-    if param_dtype is None:
-        raise TypeError("`param_dtype=None` must be a dtype such as jnp.float32.")
     return LayerConfig(
         spec=spec,
         activation=_activations.get("activation", layer.activation),
         kernel_initializer=_initializers.get("kernel_initializer", layer.kernel_initializer),
         bias_initializer=_initializers.get("bias_initializer", layer.bias_initializer),
-        dtype=args.dtype_value("dtype", layer.dtype),
-        param_dtype=param_dtype,
+        dtype=None if layer.dtype is None else args.inexact_dtype("dtype", layer.dtype),
+        param_dtype=args.inexact_dtype("param_dtype", layer.param_dtype),
         input_shape=_input_shape(layer.input_shape),
     )
 
@@ -99,7 +91,7 @@ def hashable(value: Any) -> Any:
         return FrozenDict({key: hashable(item) for key, item in value.items()})
     if isinstance(value, list | tuple):
         return tuple(map(hashable, value))
-    return hashable(value.tolist()) if isinstance(value, np.ndarray) else value
+    return hashable(np.asarray(value).tolist()) if isinstance(value, np.ndarray | jax.Array) else value
 
 
 def in_channels(config: LayerConfig, inputs: Any) -> tuple[jax.Array, int]:
@@ -110,6 +102,12 @@ def in_channels(config: LayerConfig, inputs: Any) -> tuple[jax.Array, int]:
     if any(size not in (None, given) for size, given in zip(expected, array.shape[-4:], strict=True)):
         raise ValueError(f"the inputs have shape {array.shape}, but the layer was made for `input_shape={expected}`.")
     return array, channels
+
+
+def check_drawn(argument: str, value: jax.Array, shape: tuple[int, ...]) -> None:
+    """An initializer of the user's must return the shape that it was asked for."""
+    if jnp.shape(value) != shape:
+        raise ValueError(f"`{argument}` returned shape {jnp.shape(value)} where {shape} was asked for.")
 
 
 def compute_dtype(config: LayerConfig, *operands: jax.Array | None) -> np.dtype:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from conv3dt_jax._geometry import Geometry
 from conv3dt_jax._spec import Conv3DTransposeSpec
 
 
@@ -49,6 +51,18 @@ def check_shapes(
         raise ValueError(
             f"`bias` has shape {bias.shape}; it must be ({spec.filters},): one value per filter "
             "(kernel.shape[3] * groups of them)."
+        )
+
+
+def check_size(geometry: Geometry, shape: tuple[int, ...], filters: int, dtype: np.dtype) -> None:
+    """XLA ends the process over arrays whose bytes it cannot count in 63 bits."""
+    if not all(isinstance(size, int) for size in (*shape, *(axis.out for axis in geometry))):
+        return
+    largest = math.prod(max(axis.out, axis.full) for axis in geometry)
+    if math.prod(shape[:-4]) * largest * filters * dtype.itemsize >= 2**63:
+        raise ValueError(
+            f"an output of {tuple(axis.out for axis in geometry)} voxels with {filters} filters has "
+            "more bytes than can be addressed; reduce `strides`, `dilation_rate` or the kernel's size."
         )
 
 

@@ -206,6 +206,7 @@ def init(
       {'bias': (8,), 'kernel': (2, 2, 2, 8, 3)}
     """
     _check_spec(spec)
+    dtype = args.inexact_dtype("dtype", dtype)
     kernel_key, bias_key = jax.random.split(key)
     make_kernel = _initializers.get("kernel_initializer", kernel_initializer)
     params = {"kernel": make_kernel(kernel_key, spec.kernel_shape(in_channels), dtype)}
@@ -266,6 +267,7 @@ def run(
     if bias is not None:
         _operands.check_bias_dtype(bias, inputs.dtype, result)
     geometry = spec.geometry(spatial, output_size, keras_rules=keras_rules)
+    _operands.check_size(geometry, inputs.shape, spec.filters, sums)
     if spec.implementation != "auto":
         check_named(spec.implementation, geometry)
     return _compute(inputs, kernel, bias, spec=spec, geometry=geometry, sums=sums, result=result)
@@ -311,7 +313,8 @@ def _lower(
 
     if spec.implementation != "auto":
         return implementation(spec.implementation)(inputs, kernel)
-    names = {p: choose(p, geometry, inputs.shape[-1], spec.filters, inputs.dtype) for p in (*PLATFORMS, "default")}
+    batch, channels = inputs.shape[0], inputs.shape[-1]
+    names = {p: choose(p, geometry, batch, channels, spec.filters, inputs.dtype) for p in (*PLATFORMS, "default")}
     branches = {name: implementation(name) for name in names.values()}
     if len(branches) == 1:
         return branches[names["default"]](inputs, kernel)

@@ -101,7 +101,7 @@ class Conv3DTranspose(nn.Module):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # lists and dicts would make the module unhashable, and so jit fail
-            if isinstance(getattr(self, field.name), list | dict | np.ndarray):
+            if isinstance(getattr(self, field.name), list | dict | np.ndarray | jax.Array):
                 object.__setattr__(self, field.name, _layer.hashable(getattr(self, field.name)))
         _layer.configure(self)  # for its errors; what it returns holds functions, which would keep pickle away
         super().__post_init__()
@@ -124,9 +124,11 @@ class Conv3DTranspose(nn.Module):
         kernel_shape = spec.kernel_shape(channels)
         self._check_given_kernel(channels)
         kernel = self.param("kernel", config.kernel_initializer, kernel_shape, config.param_dtype)
+        _layer.check_drawn("kernel_initializer", kernel, kernel_shape)
         bias = None
         if spec.use_bias:
             bias = self.param("bias", config.bias_initializer, (spec.filters,), config.param_dtype)
+            _layer.check_drawn("bias_initializer", bias, (spec.filters,))
         dtype = _layer.compute_dtype(config, inputs, kernel, bias)
         inputs, kernel = inputs.astype(dtype), kernel.astype(dtype)
         bias = None if bias is None else bias.astype(dtype)

@@ -62,10 +62,35 @@ def geometry(kernel, strides, space=(8, 8, 8)):
 
 def test_auto_on_cpu_takes_the_smaller_temporary() -> None:
     few, many = (
-        _choice.choose("cpu", geometry(3, 2), channels, filters, np.dtype("float32"))
+        _choice.choose("cpu", geometry(3, 2), 1, channels, filters, np.dtype("float32"))
         for channels, filters in ((64, 1), (8, 32))
     )
     assert (few, many) == ("matmul", "phases")
+
+
+@pytest.mark.parametrize(
+    ("space", "batch", "kernel", "strides", "channels", "filters"),
+    [((1, 1, 1), 16, 4, 1, 128, 256), ((2, 2, 2), 8, 3, 2, 256, 128), ((16, 16, 16), 1, 9, 1, 2, 2)],
+)
+def test_auto_on_cpu_does_not_multiply_padding(space, batch, kernel, strides, channels, filters) -> None:
+    """Tiny volumes with many channels, and long kernels with few: measured 3 to 30 times faster than the others."""
+    chosen = _choice.choose("cpu", geometry(kernel, strides, space), batch, channels, filters, np.dtype("float32"))
+    assert chosen == "matmul"
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"strides": 3}, {"dilation_rate": 2}, {"strides": 2, "dilation_rate": 3}], ids=str
+)
+def test_gradients_of_long_kernels_are_not_quadratic_in_their_taps(kwargs) -> None:
+    x = jnp.ones((1, 1, 1, 64, 4))
+
+    def temporaries(taps):
+        w = jnp.ones((1, 1, taps, 4, 4))
+        run = lambda x, w: c3t.conv3d_transpose(x, w, implementation="matmul", **kwargs).sum()
+        compiled = jax.jit(jax.grad(run, (0, 1))).lower(x, w).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(80) < 4 * temporaries(40)
 
 
 def test_one_module_for_several_platforms_holds_a_branch_for_each_choice() -> None:

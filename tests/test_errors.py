@@ -89,6 +89,9 @@ CONSTRUCTION = [
     ({"precision": "best"}, ValueError, "`precision='best'` must be None, 'default', 'high', 'highest'"),
     ({"implementation": "fastest"}, ValueError, "must be 'auto', 'dilated', 'matmul' or 'phases'"),
     ({"implementation": None}, TypeError, "`implementation=None` must be"),
+    ({"activation": {"class_name": "relu", "config": {"foo": 1}}}, ValueError, "does not fit 'relu'"),
+    ({"activation": {"class_name": "relu", "config": {"negative_slope": "a"}}}, ValueError, "does not fit 'relu'"),
+    ({"kernel_initializer": {"class_name": "VarianceScaling", "config": {"distribution": 3}}}, ValueError, "`distribution='3'`"),
     ({"input_shape": (4, 4, 3)}, ValueError, "`input_shape=(4, 4, 3)` must be the 4 sizes of an input without its batch"),
     ({"input_shape": (4, 4.0, 4, 3)}, TypeError, "must be an integer, not float"),
 ]  # fmt: skip
@@ -181,6 +184,7 @@ CALLS = [
     ({"preferred_element_type": "int32"}, TypeError, "cannot hold a result of float32 inputs"),
     ({"preferred_element_type": "bool"}, TypeError, "must be a numeric dtype"),
     ({"implementation": "cudnn"}, ValueError, "must be 'auto', 'dilated', 'matmul' or 'phases'"),
+    ({"strides": 10**12}, ValueError, "more bytes than can be addressed; reduce `strides`"),
     ({"padding": "valid\n"}, ValueError, "`padding='valid\\n'` must be one of"),
 ]  # fmt: skip
 
@@ -210,6 +214,20 @@ def test_apply_wants_just_the_parameters_of_the_spec(params, message) -> None:
         c3t.apply(params, X, c3t.Conv3DTransposeSpec(2, 3))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "message"), [("int32", "`dtype=int32`"), ("foo", "`dtype='foo'`"), (None, "`dtype=None`")]
+)
+def test_init_wants_a_dtype_that_can_be_trained(dtype, message) -> None:
+    with pytest.raises(TypeError, match=message):
+        c3t.init(jax.random.key(0), c3t.Conv3DTransposeSpec(2, 3), 4, dtype=dtype)
+
+
+def test_an_initializer_that_returns_another_shape_is_named() -> None:
+    layer = c3t.Conv3DTranspose(4, 3, kernel_initializer=lambda key, shape, dtype: jnp.zeros((1,), dtype))
+    with pytest.raises(ValueError, match=r"`kernel_initializer` returned shape \(1,\) where \(3, 3, 3, 4, 4\)"):
+        layer.init(jax.random.key(0), X)
+
+
 def test_apply_compares_the_kernel_with_the_spec() -> None:
     with pytest.raises(ValueError, match=re.escape("(3, 3, 3, 2, 4), but the specification wants (2, 2, 2, 2, 4)")):
         c3t.apply({"kernel": W}, X, c3t.Conv3DTransposeSpec(2, 2, use_bias=False))
@@ -222,7 +240,8 @@ def test_apply_compares_the_kernel_with_the_spec() -> None:
     [
         {"filters": np.int64(4)}, {"kernel_size": np.int32(3)}, {"kernel_size": np.array([3, 3, 3])},
         {"kernel_size": [3, 3, 3]}, {"strides": np.array(2)}, {"output_padding": [np.int64(1), 0, 1], "strides": 2},
-        {"padding": np.array([[0, 1], [1, 0], [1, 1]])}, {"padding": [1, (0, 1), 1]}, {"use_bias": np.bool_(False)},
+        {"padding": np.array([[0, 1], [1, 0], [1, 1]])}, {"padding": jnp.array([[0, 1], [1, 0], [1, 1]])},
+        {"dtype": float, "param_dtype": float}, {"padding": [1, (0, 1), 1]}, {"use_bias": np.bool_(False)},
         {"input_shape": (3, None, 5, 4)}, {"padding": "SaMe"}, {"data_format": "channels_first"}, {"precision": ("high", None)},
     ],
     ids=str,

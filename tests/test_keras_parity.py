@@ -206,6 +206,17 @@ def test_constant_and_callable_initializers() -> None:
         assert kernel.dtype == jnp.float32
 
 
+def test_initializer_classes_arrays_and_old_configs() -> None:
+    make = lambda **kwargs: c3t.Conv3DTranspose(2, 1, **kwargs).init(jax.random.key(0), jnp.ones((1, 1, 1, 1, 3)))[
+        "params"
+    ]
+    np.testing.assert_array_equal(make(kernel_initializer=keras.initializers.Ones)["kernel"], 1.0)
+    per_filter = {"class_name": "Constant", "config": {"value": [1.0, 2.0]}}
+    np.testing.assert_array_equal(make(bias_initializer=per_filter)["bias"], [1.0, 2.0])
+    old = {"class_name": "RandomUniform", "config": {"minval": 1.0, "maxval": 2.0, "seed": None, "dtype": "float32"}}
+    assert make(kernel_initializer=old)["kernel"].min() >= 1
+
+
 def test_every_keras_initializer_name_is_known() -> None:
     for name in keras_names():
         assert callable(_initializers.get("kernel_initializer", name))

@@ -12,6 +12,7 @@ Best where few outputs overlap or there are few filters: the temporary holds ``k
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -52,12 +53,16 @@ def lower(
 
 
 def _overlap_add(taps: jax.Array, dim: int, axis: Axis) -> jax.Array:
-    """Turns the axes ``(n, k)`` at ``dim`` into one of length ``out``."""
-    phases = tap_phases(axis)
+    """Turns the axes ``(n, k)`` at ``dim`` into one of length ``out``.
+
+    The taps of a block are consecutive. They are split off all at once: the transpose of a split is one concatenation,
+    where that of a slice is a pad to the full size, as many times as there are blocks.
+    """
+    blocks = [list(group) for _, group in itertools.groupby(tap_phases(axis), key=lambda phase: phase[0])]
     pieces = []
-    for block in sorted({block for block, _ in phases}):
-        columns = {residue: t for t, (b, residue) in enumerate(phases) if b == block}
-        pieces.append(_shift(depth_to_space(taps, dim, columns, axis.s), dim, axis, block * axis.s))
+    for phases, chunk in zip(blocks, lax.split(taps, [len(b) for b in blocks], dim + 1), strict=True):
+        cells = depth_to_space(chunk, dim, [residue for _, residue in phases], axis.s)
+        pieces.append(_shift(cells, dim, axis, phases[0][0] * axis.s))
     return functools.reduce(jnp.add, pieces)
 
 

@@ -69,6 +69,12 @@ def lower(
     return _interleave(phases, geometry)
 
 
+def window_length(axis: Axis) -> int:
+    """The number of blocks ``m`` along an axis."""
+    first, last = _window(axis)
+    return last - first
+
+
 def _window(axis: Axis) -> tuple[int, int]:
     """The range of ``m`` whose phases cover the kept window."""
     if axis.wraps:
@@ -111,7 +117,7 @@ def _split_taps(kernel: jax.Array, dim: int, axis: Axis) -> jax.Array:
         padding[dim] = (0, math.prod(shape) - axis.k)
         kernel = jnp.pad(kernel, padding)
     else:
-        taps = {phase: lax.slice_in_dim(kernel, t, t + 1, axis=dim) for t, phase in enumerate(tap_phases(axis))}
+        taps = dict(zip(tap_phases(axis), lax.split(kernel, (1,) * axis.k, dim), strict=True))
         zero = jnp.zeros_like(taps[0, 0])
         kernel = jnp.concatenate(
             [taps.get(phase, zero) for phase in itertools.product(blocks(axis), residues(axis))], dim
@@ -131,8 +137,7 @@ def _interleave(phases: jax.Array, geometry: Geometry) -> jax.Array:
 
 def _interleave_axis(phases: jax.Array, dim: int, axis: Axis) -> jax.Array:
     """Turns the axes ``(m, r)`` at ``dim`` into one of length ``out``."""
-    columns = {residue: i for i, residue in enumerate(residues(axis))}
-    outputs = depth_to_space(phases, dim, columns, axis.s)
+    outputs = depth_to_space(phases, dim, residues(axis), axis.s)
     if axis.wraps:
         return jnp.roll(outputs, -axis.lo, dim)
     start = axis.lo - _window(axis)[0] * axis.s
