@@ -4,7 +4,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # Caches stay in the checkout: nothing is left elsewhere.
 export PIP_NO_CACHE_DIR := 1
@@ -54,16 +53,10 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp per set of extras; an unchanged pyproject.toml installs nothing again.
-$(VENV)/.examples $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.examples $(VENV)/.bench $(VENV)/.dev $(VENV)/.peers: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[test,examples]'
-	@touch $@
-
-# PyTorch's CPU build: its default one brings gigabytes of CUDA.
-$(VENV)/.peers: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) 'torch>=2.7' || $(BIN)/python -m pip install --quiet 'torch>=2.7'
-	$(BIN)/python -m pip install --quiet --editable '.[test,peers]'
 	@touch $@
