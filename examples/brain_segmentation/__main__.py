@@ -1,10 +1,8 @@
 """`python -m examples.brain_segmentation`: see `--help`."""
 
-import signal
 import sys
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs start deaf to it
     try:
         from examples.brain_segmentation.cli import main
 

@@ -1,4 +1,4 @@
-"""Labels for a whole volume, and how well they agree with the truth."""
+"""Labels for a whole volume, tile by tile, and how well they agree with the truth."""
 
 from __future__ import annotations
 
@@ -9,38 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from examples.brain_segmentation.model import FACTOR, REACH, UNet
+from examples.brain_segmentation.model import FACTOR, UNet
 
-TILE = 128
-"""Longer axes are cut into overlapping tiles of this length, to bound the memory."""
+TILE = 64
+MARGIN = 8
+"""Each tile's border is computed for its neighbours' sake and dropped."""
 
 
-def segment(model: UNet, params: Any, image: np.ndarray, tile: int = TILE) -> np.ndarray:
-    """``(D, H, W)`` image to ``(D, H, W)`` class indices; the same for every length of tiles.
-
-    ``tile`` is a multiple of `FACTOR` above ``2 * REACH``.
-    """
-    padded = np.pad(image, [(0, -size % FACTOR) for size in image.shape], mode="edge")
-    window = [min(tile, size) for size in padded.shape]
-    starts = [_starts(size, length) for size, length in zip(padded.shape, window, strict=True)]
-
-    @jax.jit
-    def predict(params: Any, volume: jax.Array) -> jax.Array:
-        logits = jnp.asarray(model.apply({"params": params}, volume[None, ..., None]))
-        return jnp.argmax(logits[0], -1).astype(jnp.int32)
-
-    labels = np.zeros(padded.shape, np.int32)
-    for corner in itertools.product(*starts):
-        box = tuple(slice(a, a + length) for a, length in zip(corner, window, strict=True))
-        # Past a cut, REACH voxels are the previous tile's to tell; the next tile overwrites as many at this one's end.
-        inner = tuple(slice(REACH if a else 0, None) for a in corner)
-        labels[box][inner] = np.asarray(predict(params, padded[box]))[inner]
+def segment(model: UNet, params: Any, image: np.ndarray) -> np.ndarray:
+    """``(D, H, W)`` image to ``(D, H, W)`` class indices."""
+    core = TILE - 2 * MARGIN
+    assert TILE % FACTOR == 0
+    padded = np.pad(image, [(MARGIN, MARGIN + -size % core) for size in image.shape], mode="edge")
+    predict = jax.jit(
+        lambda params, tile: jnp.argmax(jnp.asarray(model.apply({"params": params}, tile)), -1).astype(jnp.int32)
+    )
+    labels = np.zeros([size + -size % core for size in image.shape], np.int32)
+    for start in itertools.product(*(range(0, size, core) for size in image.shape)):
+        tile = padded[tuple(slice(a, a + TILE) for a in start)]
+        inner = np.asarray(predict(params, tile[None, ..., None]))[0]
+        inner = inner[MARGIN:-MARGIN, MARGIN:-MARGIN, MARGIN:-MARGIN]
+        labels[tuple(slice(a, a + core) for a in start)] = inner
     return labels[tuple(map(slice, image.shape))]
-
-
-def _starts(size: int, length: int) -> list[int]:
-    """Where tiles of ``length`` start, each overlapping the next by two reaches at least."""
-    return sorted({min(start, size - length) for start in range(0, size, length - 2 * REACH)})
 
 
 def dice(prediction: np.ndarray, truth: np.ndarray, classes: int) -> list[float]:

@@ -41,7 +41,7 @@ def draw(path: pathlib.Path, subject: Subject, prediction: np.ndarray, losses: S
     _legend(figure.add_subplot(side[0]), subject)
     _loss(figure.add_subplot(side[1]), losses)
     figure.suptitle(
-        "A 3-D U-Net with Conv3DTranspose: beyond the dashed line lies what it never saw",
+        "A 3-D U-Net with Conv3DTranspose, beyond the dashed line lies what it never saw",
         color=_INK,
         fontsize=14,
         x=0.035,

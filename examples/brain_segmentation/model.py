@@ -19,12 +19,9 @@ import jax.numpy as jnp
 
 import conv3dt_jax as c3t
 
-LEVELS = 2
+LEVELS = 3
 FACTOR = 2**LEVELS
 """Every spatial size must be divisible by this: each level halves it."""
-
-REACH = 4 * FACTOR
-"""No result depends on a voxel farther away along an axis (transposed: 13, trilinear: 16 voxels)."""
 
 Upsample = Callable[[int], Callable[[jax.Array], jax.Array]]
 
@@ -83,7 +80,7 @@ class UNet(nn.Module):
     """
 
     classes: int
-    features: int = 12
+    features: int = 8
     upsampling: str = "transposed"
 
     @nn.compact
