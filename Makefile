@@ -23,7 +23,8 @@ demo: $(VENV)/.examples  ## train a 3-D U-Net on a real MRI (under 4 minutes); r
 	$(BIN)/python -m examples.brain_segmentation --out out $(ARGS)
 
 test: $(VENV)/.test  ## run the tests
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	@mkdir -p $(VENV)/cache
+	$(BIN)/python -m pytest -n 2 --basetemp $(VENV)/cache/pytest $(ARGS)
 
 lint: $(VENV)/.dev  ## check style
 	$(BIN)/ruff check .
