@@ -14,10 +14,10 @@ export KERAS_HOME := $(CURDIR)/$(VENV)/cache/keras
 export PRE_COMMIT_HOME := $(CURDIR)/$(VENV)/cache/pre-commit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types bench fixtures clean
+.PHONY: help demo test lint format types bench bench-check fixtures clean
 
 help:  ## list the tasks
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.examples  ## train a 3-D U-Net on a real MRI (under 4 minutes); results in out/
 	$(BIN)/python -m examples.brain_segmentation --out out $(ARGS)
@@ -37,8 +37,11 @@ format: $(VENV)/.dev  ## mend style
 types: $(VENV)/.dev  ## check types
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench  ## measure the lowerings beside JAX, Flax and Keras on this machine
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(VENV)/.bench  ## measure beside JAX, Flax, Keras, TensorFlow, PyTorch (hours; ARGS=--help for parts)
+	$(BIN)/python -m benchmarks $(or $(ARGS),--all)
+
+bench-check: $(VENV)/.test  ## fail where "auto" takes a lowering that another one beats clearly
+	$(BIN)/python -m benchmarks.check $(ARGS)
 
 fixtures: $(VENV)/.peers  ## record the values of TensorFlow and PyTorch anew
 	$(BIN)/python -m tests.fixtures.record

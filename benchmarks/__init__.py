@@ -1,1 +1,1 @@
-"""Speed beside the peers: `make bench`."""
+"""Speed beside the peers: `make bench`; whether "auto" chooses well: `make bench-check`."""

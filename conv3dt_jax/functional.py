@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -13,11 +13,11 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from conv3dt_jax import _arguments as args
-from conv3dt_jax import _initializers, _operands
-from conv3dt_jax._choice import PLATFORMS, check_named, choose
+from conv3dt_jax import _batching as _batching  # registers the rules of jax.vmap
+from conv3dt_jax import _initializers, _operands, _primitives
+from conv3dt_jax._choice import check_named
 from conv3dt_jax._geometry import Geometry
 from conv3dt_jax._spec import Conv3DTransposeSpec
-from conv3dt_jax.lowerings import LOWERINGS
 
 Implementation = Literal["auto", "dilated", "matmul", "phases"]
 
@@ -302,23 +302,16 @@ def _compute(
 def _lower(
     inputs: jax.Array, kernel: jax.Array, spec: Conv3DTransposeSpec, geometry: Geometry, sums: np.dtype
 ) -> jax.Array:
-    """Runs the named lowering, or the one that "auto" means on each platform."""
-    if not jnp.issubdtype(sums, jnp.floating) or not jnp.issubdtype(inputs.dtype, jnp.floating):
-        inputs, kernel = inputs.astype(sums), kernel.astype(sums)  # the libraries mix no other kinds
-
-    def implementation(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        return functools.partial(
-            LOWERINGS[name].lower, geometry=geometry, groups=spec.groups, precision=spec.precision, accumulate=sums
-        )
-
-    if spec.implementation != "auto":
-        return implementation(spec.implementation)(inputs, kernel)
-    batch, channels = inputs.shape[0], inputs.shape[-1]
-    names = {p: choose(p, geometry, batch, channels, spec.filters, inputs.dtype) for p in (*PLATFORMS, "default")}
-    branches = {name: implementation(name) for name in names.values()}
-    if len(branches) == 1:
-        return branches[names["default"]](inputs, kernel)
-    return lax.platform_dependent(inputs, kernel, **{p: branches[name] for p, name in names.items()})
+    form = _primitives.Form(
+        geometry=geometry,
+        channels=inputs.shape[-1],
+        filters=spec.filters,
+        groups=spec.groups,
+        dtypes=(inputs.dtype, kernel.dtype, sums),
+        precision=spec.precision,
+        implementation=spec.implementation,
+    )
+    return _primitives.outputs(inputs, kernel, form)
 
 
 def _check_spec(spec: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 from jax import export
 
 import conv3dt_jax as c3t
-from conv3dt_jax import _choice, _spec
+from conv3dt_jax import _choice, _primitives, _spec
 
 PRIMITIVES = {"dilated": "stablehlo.convolution", "matmul": "stablehlo.dot_general", "phases": "stablehlo.dot_general"}
 
@@ -31,9 +31,10 @@ def test_a_named_lowering_runs_on_every_platform(platform, implementation) -> No
     assert (set(PRIMITIVES.values()) - {PRIMITIVES[implementation]}).pop() not in text
 
 
-def test_matmul_multiplies_once_and_phases_once_per_depth_shift() -> None:
+def test_matmul_multiplies_once_and_phases_once_per_run_of_phases() -> None:
+    """Kernel 3, stride 2: phases with two taps and with one, in depth and in height."""
     count = lambda name: module(strides=2, implementation=name).count("stablehlo.dot_general")
-    assert (count("matmul"), count("phases")) == (1, 2)
+    assert (count("matmul"), count("phases")) == (1, 4)
 
 
 @pytest.mark.parametrize(
@@ -56,16 +57,22 @@ def test_auto_follows_its_rule(platform, kwargs, primitive) -> None:
     assert {"dot_general": "stablehlo.convolution", "convolution": "stablehlo.dot_general"}[primitive] not in text
 
 
-def geometry(kernel, strides, space=(8, 8, 8)):
-    return _spec.Conv3DTransposeSpec(1, kernel, strides).geometry(space)
+def form(kernel, strides, channels, filters, space=(8, 8, 8)):
+    spec = _spec.Conv3DTransposeSpec(filters, kernel, strides)
+    dtypes = (np.dtype("float32"),) * 3
+    return _primitives.Form(spec.geometry(space), channels, filters, 1, dtypes, None, "auto")
 
 
-def test_auto_on_cpu_takes_the_smaller_temporary() -> None:
-    few, many = (
-        _choice.choose("cpu", geometry(3, 2), 1, channels, filters, np.dtype("float32"))
-        for channels, filters in ((64, 1), (8, 32))
-    )
+def test_auto_on_cpu_writes_products_where_filters_are_few_and_gathers_patches_where_they_are_many() -> None:
+    few, many = (_choice.choose("outputs", "cpu", form(3, 2, *sizes), 1) for sizes in ((64, 1), (8, 32)))
     assert (few, many) == ("matmul", "phases")
+
+
+@pytest.mark.parametrize("sizes", [(64, 1), (8, 32)])
+@pytest.mark.parametrize("kind", ["inputs", "kernel", "gradients"])
+@pytest.mark.parametrize(("kernel", "strides"), [(2, 2), (3, 2), (3, 1)])
+def test_auto_on_cpu_gathers_patches_for_the_gradients(kernel, strides, kind, sizes) -> None:
+    assert _choice.choose(kind, "cpu", form(kernel, strides, *sizes), 1) == "phases"
 
 
 @pytest.mark.parametrize(
@@ -74,8 +81,7 @@ def test_auto_on_cpu_takes_the_smaller_temporary() -> None:
 )
 def test_auto_on_cpu_does_not_multiply_padding(space, batch, kernel, strides, channels, filters) -> None:
     """Tiny volumes with many channels, and long kernels with few: measured 3 to 30 times faster than the others."""
-    chosen = _choice.choose("cpu", geometry(kernel, strides, space), batch, channels, filters, np.dtype("float32"))
-    assert chosen == "matmul"
+    assert _choice.choose("outputs", "cpu", form(kernel, strides, channels, filters, space), batch) == "matmul"
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,15 @@ Less padding crops: ``ke - 1 - lo`` zeros in front keep ``y_full`` from ``lo`` o
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
+from conv3dt_jax.lowerings._transposes import transposes
 
 _DIMENSION_NUMBERS = ("NDHWC", "DHWOI", "NDHWC")
 
@@ -26,7 +29,7 @@ def refusal(geometry: Geometry) -> str | None:
     return None
 
 
-def lower(
+def outputs(
     inputs: jax.Array,
     kernel: jax.Array,
     geometry: Geometry,
@@ -34,8 +37,10 @@ def lower(
     groups: int,
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
+    tile_bytes: int = 0,
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)`` of dtype ``accumulate``."""
+    del tile_bytes  # XLA has blocks of its own
     paddings, windows = zip(*map(_split_crop, geometry), strict=True)
     outputs = lax.conv_general_dilated(
         inputs,
@@ -52,6 +57,18 @@ def lower(
     for dim, (axis, (low, high)) in enumerate(zip(geometry, windows, strict=True), start=1):
         outputs = _fold(outputs, dim, axis) if axis.wraps else _crop(outputs, dim, low, high)
     return outputs
+
+
+def gradients(
+    inputs: jax.Array | None,
+    kernel: jax.Array | None,
+    cotangent: jax.Array,
+    geometry: Geometry,
+    channels: int,
+    **static: Any,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """The transposes of `outputs`, as JAX finds them; see `_adjoint.gradients` for the arguments."""
+    return transposes(outputs, inputs, kernel, cotangent, geometry, channels, **static)
 
 
 def _grouped_kernel(kernel: jax.Array, groups: int) -> jax.Array:

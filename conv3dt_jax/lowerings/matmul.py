@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +22,14 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry, tap_phases
+from conv3dt_jax.lowerings import _blocks, _tiles
+from conv3dt_jax.lowerings._cells import Part, cells, shifts, span, walk
 from conv3dt_jax.lowerings._contract import contract
 from conv3dt_jax.lowerings._depth_to_space import depth_to_space
+from conv3dt_jax.lowerings._transposes import transposes
+
+WHOLE = 20 << 20
+"""Bytes of products up to which there are no blocks where products are few: a block copies its inputs first."""
 
 
 def refusal(geometry: Geometry) -> str | None:
@@ -30,7 +38,17 @@ def refusal(geometry: Geometry) -> str | None:
     return None
 
 
-def lower(
+def in_blocks(geometry: Geometry, batch: Any, channels: int, filters: int, itemsize: int, tile_bytes: int) -> bool:
+    """Whether the products are too many to be made all at once."""
+    if not all(isinstance(axis.out, int) for axis in geometry):
+        return False
+    products = math.prod(axis.k for axis in geometry) * filters
+    held = products * math.prod(axis.n for axis in geometry) * (batch if isinstance(batch, int) else 1) * itemsize
+    few = products < channels or not any(axis.overlaps for axis in geometry)
+    return held > max(tile_bytes, WHOLE if few else 0)
+
+
+def outputs(
     inputs: jax.Array,
     kernel: jax.Array,
     geometry: Geometry,
@@ -38,18 +56,77 @@ def lower(
     groups: int,
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
+    tile_bytes: int,
 ) -> jax.Array:
-    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)`` of dtype ``accumulate``."""
+    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``."""
+    itemsize = jnp.dtype(accumulate).itemsize
+    if in_blocks(geometry, inputs.shape[0], inputs.shape[-1], kernel.shape[3] * groups, itemsize, tile_bytes):
+        return _by_block(inputs, kernel, geometry, groups, precision, accumulate, tile_bytes)
     *space, channels = inputs.shape
     *window, filters, _ = kernel.shape
     pieces = inputs.reshape(*space, 1, groups, channels // groups)
     weights = kernel.reshape(-1, filters, groups, channels // groups).transpose(2, 3, 0, 1)[None]
     taps = contract(pieces, weights, precision=precision, accumulate=accumulate)
-    # (N, D, H, W, kd, kh, kw, F) -> (N, D, kd, H, kh, W, kw, F): each axis beside its taps.
-    taps = taps.reshape(*space, *window, groups * filters).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return _lay_out(taps.reshape(*space, *window, groups * filters), geometry)
+
+
+def _by_block(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    geometry: Geometry,
+    groups: int,
+    precision: lax.PrecisionLike,
+    accumulate: DTypeLike,
+    tile_bytes: int,
+) -> jax.Array:
+    """The same for one block of cells after the other; where blocks meet, a few products are made twice."""
+    dtype = _tiles.widest(accumulate, inputs, kernel)
+    *window, filters, channels = kernel.shape
+    filters *= groups
+    blocks = _blocks.count(groups, channels, filters)
+    matrices = _blocks.split_kernel(kernel.astype(dtype), groups).reshape(blocks, -1, channels // blocks)
+    largest = max(math.prod(axis.k for axis in geometry), math.prod(axis.s for axis in geometry))
+    cell_bytes = largest * (filters // blocks) * dtype.itemsize
+    spans = _tiles.plan((inputs.shape[0], blocks, *map(cells, geometry)), cell_bytes, tile_bytes)
+    axes = (spans[2].block, spans[3].block, None)
+    depth, height, width = map(_local, geometry, axes)
+    local = (depth, height, width)
+
+    def compute(slab: jax.Array, group: jax.Array | int) -> list[Part]:
+        matrix = lax.dynamic_index_in_dim(matrices, group, keepdims=False)
+        taps = lax.dot_general(slab, matrix, (((4,), (1,)), ((), ())), precision=precision)
+        outputs = _lay_out(taps.reshape(*taps.shape[:4], *window, filters // blocks), local)
+        shape = (spans[0].block, spans[2].block, geometry[0].s, spans[3].block, geometry[1].s)
+        return [(outputs.reshape(*shape, *outputs.shape[3:]), (0, 0))]
+
+    return walk(inputs, geometry, 0, filters, blocks, spans, dtype, compute)
+
+
+def _local(axis: Axis, block: int | None) -> Axis:
+    """The axis as a block of cells sees it, whose inputs begin ``max(a)`` before it; all cells, where None."""
+    length = cells(axis) if block is None else block
+    out = axis.out if block is None else block * axis.s
+    return Axis(length + span(axis), axis.k, axis.s, axis.d, axis.lo + shifts(axis)[-1] * axis.s, out)
+
+
+def _lay_out(taps: jax.Array, geometry: Geometry) -> jax.Array:
+    """``(N, D, H, W, kd, kh, kw, F)`` to ``(N, *out, F)``: every product to its place."""
+    taps = taps.transpose(0, 1, 4, 2, 5, 3, 6, 7)  # each axis beside its taps
     for dim, axis in enumerate(geometry, start=1):
         taps = _overlap_add(taps, dim, axis)
     return taps
+
+
+def gradients(
+    inputs: jax.Array | None,
+    kernel: jax.Array | None,
+    cotangent: jax.Array,
+    geometry: Geometry,
+    channels: int,
+    **static: Any,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """The transposes of `outputs`, as JAX finds them; see `_adjoint.gradients` for the arguments."""
+    return transposes(outputs, inputs, kernel, cotangent, geometry, channels, **static)
 
 
 def _overlap_add(taps: jax.Array, dim: int, axis: Axis) -> jax.Array:

@@ -1,30 +1,34 @@
-"""`phases`: each output phase is an ordinary convolution of the input; all phases in one matrix product.
+"""`phases`: each output phase is an ordinary convolution of the input, as matrix products of gathered patches.
 
-Output position ``p = m * s + r`` is reached by the taps with ``t * d = a * s + r``, from input ``m - a``:
+Cut the kept window into cells of ``s`` outputs. Output ``m * s + r`` is reached by the taps with
+``t * d - lo = a * s + r``, from input ``m - a``:
 
-    y_full[m * s + r] = sum_a x[m - a] @ w[a, r],        w[a, r] = the tap at offset a * s + r, or 0.
+    y[m * s + r] = sum_a x[m - a] @ w[a, r],        w[a, r] = the tap at offset a * s + r, or 0.
 
-The shifts ``x[m - a]`` are gathered side by side, multiplied with the kernels of all residues at once, and the phases
-are interleaved. No inserted zero of the input is multiplied; where ``s`` does not divide ``k`` a few taps are zeros.
-Along the depth the shifts are added one after the other, which keeps the gathered copy small.
+For a block of cells the shifts ``x[m - a]`` are gathered side by side and multiplied with the kernels of many phases at
+once. Phases in depth and height that need the same shifts share a product, others have one of their own, so that no
+zeros are multiplied there; all phases in width share theirs, which keeps the rows of the result whole.
 
-Best where outputs overlap: the temporary holds ``ceil(k / s)`` values per input, channel and axis (height and width).
+The work goes block by block (`_tiles`): the patches stay in the cache and the result is written once.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from conv3dt_jax._geometry import Axis, Geometry, tap_phases
-from conv3dt_jax.lowerings._contract import contract
-from conv3dt_jax.lowerings._depth_to_space import depth_to_space
+from conv3dt_jax._geometry import Axis, Geometry
+from conv3dt_jax.lowerings import _adjoint, _blocks, _tiles
+from conv3dt_jax.lowerings._cells import Part, cells, runs, shifts, walk
+
+gradients = _adjoint.gradients
 
 
 def refusal(geometry: Geometry) -> str | None:
@@ -34,17 +38,17 @@ def refusal(geometry: Geometry) -> str | None:
     return None
 
 
-def blocks(axis: Axis) -> list[int]:
-    """The distinct shifts ``a`` of the input that an axis needs."""
-    return sorted({block for block, _ in tap_phases(axis)})
+def aligned(axis: Axis) -> tuple[Axis, int]:
+    """The axis with its window begun up to ``s - 1`` outputs earlier, where that needs fewer products; and how many.
+
+    With a kernel of 4, a stride of 2 and lo = 1 the cells need shifts -1, 0 and 1; begun one earlier, 0 and 1.
+    """
+    early = [dataclasses.replace(axis, lo=axis.lo - e, out=axis.out + e) for e in range(min(axis.s, axis.ke))]
+    best = min(range(len(early)), key=lambda e: cells(early[e]) * len(shifts(early[e])))
+    return early[best], best
 
 
-def residues(axis: Axis) -> list[int]:
-    """The residues ``r`` that have a tap."""
-    return sorted({residue for _, residue in tap_phases(axis)})
-
-
-def lower(
+def outputs(
     inputs: jax.Array,
     kernel: jax.Array,
     geometry: Geometry,
@@ -52,93 +56,91 @@ def lower(
     groups: int,
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
+    tile_bytes: int,
 ) -> jax.Array:
-    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)`` of dtype ``accumulate``."""
+    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``."""
+    dtype = _tiles.widest(accumulate, inputs, kernel)
+    width, early = aligned(geometry[2])
+    depth, height, _ = geometry = (*geometry[:2], width)
+    filters = kernel.shape[3] * groups
+    blocks = _blocks.count(groups, inputs.shape[-1], filters)
+    each_c, each_f = inputs.shape[-1] // blocks, filters // blocks
+    products = list(itertools.product(runs(depth), runs(height)))
+    weights = _phase_kernels(kernel.astype(dtype), geometry, groups)
+    matrices = lax.optimization_barrier([_matrix(weights, geometry, range(*rd), range(*rh)) for rd, rh in products])
+    gathered = math.prod(len(shifts(axis)) for axis in geometry) * each_c
+    written = math.prod(axis.s for axis in geometry) * each_f
+    count = [cells(axis) for axis in geometry]
+    spans = _tiles.plan((inputs.shape[0], blocks, *count), max(gathered, written) * dtype.itemsize, tile_bytes)
 
-    def multiply(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-        weights = _phase_kernels(kernel, geometry, groups)
+    def compute(slab: jax.Array, group: jax.Array | int) -> list[Part]:
         parts = []
-        for shift, weight in zip(blocks(geometry[0]), weights, strict=True):
-            pieces = _gather(_shift(inputs, 1, geometry[0], shift), geometry, groups)
-            parts.append(contract(pieces, weight, precision=precision, accumulate=accumulate))
-        return functools.reduce(jnp.add, parts)
+        tile = (spans[0].block, spans[2].block, spans[3].block, count[2])
+        for ((d0, d1), (h0, h1)), matrix in zip(products, matrices, strict=True):
+            patches = _patches(slab, tile, geometry, range(d0, d1), range(h0, h1))
+            matrix = lax.dynamic_index_in_dim(matrix, group, keepdims=False)
+            part = lax.dot_general(patches, matrix, (((1,), (1,)), ((), ())), precision=precision)
+            part = part.reshape(*tile, d1 - d0, h1 - h0, width.s, each_f).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+            part = part.reshape(*part.shape[:5], count[2] * width.s, each_f)
+            parts.append((part[..., early : width.out, :], (d0, h0)))
+        return parts
 
-    if math.prod(len(blocks(axis)) for axis in geometry) > 1:
-        multiply = jax.checkpoint(multiply)  # derivatives gather the shifts anew and keep only inputs and kernel
-    phases = multiply(inputs, kernel)
-    return _interleave(phases, geometry)
-
-
-def window_length(axis: Axis) -> int:
-    """The number of blocks ``m`` along an axis."""
-    first, last = _window(axis)
-    return last - first
+    return walk(inputs, geometry, early, filters, blocks, spans, dtype, compute)
 
 
-def _window(axis: Axis) -> tuple[int, int]:
-    """The range of ``m`` whose phases cover the kept window."""
-    if axis.wraps:
-        return 0, axis.n
-    return axis.lo // axis.s, -(-(axis.lo + axis.out) // axis.s)
+def pieces(geometry: Geometry, *, gradient: bool) -> int:
+    """Slices that the program holds."""
+    if gradient:
+        return math.prod(axis.k for axis in geometry if axis.overlaps)
+    depth, height = (sum(len(shifts(axis, range(*run))) for run in runs(axis)) for axis in geometry[:2])
+    return depth * height * len(shifts(aligned(geometry[2])[0]))
 
 
-def _shift(inputs: jax.Array, dim: int, axis: Axis, shift: int) -> jax.Array:
-    """``x[m - shift]`` for every ``m`` of the window, zeros (or the other end) outside the input."""
-    if axis.wraps:
-        return jnp.roll(inputs, shift, dim)
-    first, last = _window(axis)
-    padding = [(0, 0, 0)] * inputs.ndim
-    padding[dim] = (shift - first, last - shift - axis.n, 0)
-    return lax.pad(inputs, jnp.zeros((), inputs.dtype), padding)
-
-
-def _gather(inputs: jax.Array, geometry: Geometry, groups: int) -> jax.Array:
-    """Stacks the shifts along height and width: ``(N, D, H, W, C)`` to ``(N, D, mh, mw, P, groups, C / groups)``."""
-    rows = [_shift(inputs, 2, geometry[1], shift) for shift in blocks(geometry[1])]
-    pieces = [_shift(row, 3, geometry[2], shift) for row, shift in itertools.product(rows, blocks(geometry[2]))]
-    stacked = jnp.stack(pieces, 4)
-    return stacked.reshape(*stacked.shape[:5], groups, -1)
+def _patches(
+    slab: jax.Array, tile: tuple[int, int, int, int], geometry: Geometry, rd: Sequence[int], rh: Sequence[int]
+) -> jax.Array:
+    """``(cells, shifts * C)``: the shifts that the residues ``rd`` and ``rh`` need, and all in width, side by side."""
+    depth, height, width = geometry
+    parts = []
+    for shift in itertools.product(shifts(depth, rd), shifts(height, rh), shifts(width)):
+        offsets = [shifts(axis)[-1] - a for axis, a in zip(geometry, shift, strict=True)]
+        limits = [o + size for o, size in zip(offsets, tile[1:], strict=True)]
+        parts.append(lax.slice(slab, (0, *offsets, 0), (slab.shape[0], *limits, slab.shape[-1])))
+    return jnp.concatenate(parts, -1).reshape(math.prod(tile), -1)
 
 
 def _phase_kernels(kernel: jax.Array, geometry: Geometry, groups: int) -> jax.Array:
-    """``(kd, kh, kw, F / groups, C)`` to ``(ad, ah * aw, groups, C / groups, rd * rh * rw, F / groups)``."""
-    for dim, axis in zip((0, 2, 4), geometry, strict=True):
+    """``(kd, kh, kw, F / groups, C)`` to ``(B, ad, sd, ah, sh, aw, sw, F / B, C / B)``, for B blocks of groups."""
+    kernel = _blocks.split_kernel(kernel, groups)
+    for dim, axis in zip((1, 3, 5), geometry, strict=True):
         kernel = _split_taps(kernel, dim, axis)
-    ad, rd, ah, rh, aw, rw, filters, channels = kernel.shape
-    kernel = kernel.reshape(ad, rd, ah, rh, aw, rw, filters, groups, channels // groups)
-    return kernel.transpose(0, 2, 4, 7, 8, 1, 3, 5, 6).reshape(ad, ah * aw, groups, -1, rd * rh * rw, filters)
+    return kernel
 
 
 def _split_taps(kernel: jax.Array, dim: int, axis: Axis) -> jax.Array:
-    """Splits the tap axis at ``dim`` into (blocks, residues), zeros where no tap falls."""
-    shape = (len(blocks(axis)), len(residues(axis)))
-    if axis.d == 1 or axis.s == 1:  # taps are consecutive: fill the last block up
-        padding = [(0, 0)] * kernel.ndim
-        padding[dim] = (0, math.prod(shape) - axis.k)
-        kernel = jnp.pad(kernel, padding)
-    else:
-        taps = dict(zip(tap_phases(axis), lax.split(kernel, (1,) * axis.k, dim), strict=True))
-        zero = jnp.zeros_like(taps[0, 0])
-        kernel = jnp.concatenate(
-            [taps.get(phase, zero) for phase in itertools.product(blocks(axis), residues(axis))], dim
-        )
-    return kernel.reshape(*kernel.shape[:dim], *shape, *kernel.shape[dim + 1 :])
+    """Splits the tap axis at ``dim`` into (shifts, residues), zeros where no tap falls."""
+    first, last = shifts(axis)[0], shifts(axis)[-1]
+    low = -axis.lo - first * axis.s
+    padding = [(0, 0, 0)] * kernel.ndim
+    padding[dim] = (low, (last - first + 1) * axis.s - low - axis.ke, axis.d - 1)
+    kernel = lax.pad(kernel, jnp.zeros((), kernel.dtype), padding)
+    kernel = kernel.reshape(*kernel.shape[:dim], last - first + 1, axis.s, *kernel.shape[dim + 1 :])
+    return _take(kernel, [a - first for a in shifts(axis)], dim)
 
 
-def _interleave(phases: jax.Array, geometry: Geometry) -> jax.Array:
-    """``(N, md, mh, mw, rd * rh * rw, F)`` to the kept window ``(N, *out, F)``."""
-    batch, *space, _, filters = phases.shape
-    counts = [len(residues(axis)) for axis in geometry]
-    phases = phases.reshape(batch, *space, *counts, filters).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-    for dim, axis in enumerate(geometry, start=1):
-        phases = _interleave_axis(phases, dim, axis)
-    return phases
+def _take(array: jax.Array, indices: Sequence[int], dim: int) -> jax.Array:
+    """Picks ascending indices: one slice where they are neighbours."""
+    if indices[-1] - indices[0] + 1 == len(indices):
+        return lax.slice_in_dim(array, indices[0], indices[-1] + 1, axis=dim)
+    return jnp.concatenate([lax.slice_in_dim(array, i, i + 1, axis=dim) for i in indices], dim)
 
 
-def _interleave_axis(phases: jax.Array, dim: int, axis: Axis) -> jax.Array:
-    """Turns the axes ``(m, r)`` at ``dim`` into one of length ``out``."""
-    outputs = depth_to_space(phases, dim, residues(axis), axis.s)
-    if axis.wraps:
-        return jnp.roll(outputs, -axis.lo, dim)
-    start = axis.lo - _window(axis)[0] * axis.s
-    return lax.slice_in_dim(outputs, start, start + axis.out, axis=dim)
+def _matrix(weights: jax.Array, geometry: Geometry, rd: Sequence[int], rh: Sequence[int]) -> jax.Array:
+    """``(B, rd * rh * sw * F, shifts * C)``: the rows are the phases of a run."""
+    for dim, axis, residues in ((1, geometry[0], rd), (3, geometry[1], rh)):
+        every = shifts(axis)
+        weights = _take(weights, [every.index(a) for a in shifts(axis, residues)], dim)
+        weights = lax.slice_in_dim(weights, residues[0], residues[-1] + 1, axis=dim + 1)
+    blocks, ad, nd, ah, nh, aw, sw, filters, channels = weights.shape
+    weights = weights.transpose(0, 2, 4, 6, 7, 1, 3, 5, 8)
+    return weights.reshape(blocks, nd * nh * sw * filters, ad * ah * aw * channels)

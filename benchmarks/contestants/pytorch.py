@@ -1,0 +1,60 @@
+"""`torch.nn.functional.conv_transpose3d`, contiguous or in the memory format channels_last_3d."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import data
+from benchmarks.cases import Case
+from benchmarks.contestants.base import Prepared
+
+torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+KERNEL_AXES = (4, 3, 0, 1, 2)
+"""Keras's ``(kd, kh, kw, F // g, C)`` to PyTorch's ``(C, F // g, kd, kh, kw)``."""
+
+
+def window(case: Case) -> tuple[list[int], list[int]]:
+    """``padding`` and ``output_padding``; where their sum cannot end early enough, the result is sliced after."""
+    lo = [a.lo for a in case.axes]
+    return lo, [max(a.out - a.full + 2 * a.lo, 0) for a in case.axes]
+
+
+def operation(case: Case, x: Any, w: Any) -> Any:
+    padding, output_padding = window(case)
+    y = torch.nn.functional.conv_transpose3d(
+        x, w, None, case.strides, padding, output_padding, case.groups, (case.dilation,) * 3
+    )
+    d, h, w_ = case.spatial_outputs
+    return y if y.shape[2:] == (d, h, w_) else y[:, :, :d, :h, :w_]
+
+
+def parts(results: Any) -> list[np.ndarray]:
+    arrays = [part.detach().to(torch.promote_types(part.dtype, torch.float32)).numpy() for part in results]
+    layouts = (data.to_channels_last, data.to_channels_last, lambda w: w.transpose(2, 3, 4, 1, 0))
+    return [layout(array) for layout, array in zip(layouts, arrays, strict=False)]
+
+
+def prepare(case: Case, kind: str, variant: str, dtype: Any = None) -> Prepared:
+    inputs, kernel, cotangent = data.operands(case)
+    arrays = (data.to_channels_first(inputs), kernel.transpose(KERNEL_AXES), data.to_channels_first(cotangent))
+    memory_format = {"contiguous": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}[variant]
+    rounded = [torch.tensor(a).to(getattr(torch, case.dtype)) for a in arrays]
+    x, w, ct = (t.to(dtype or t.dtype).contiguous(memory_format=memory_format) for t in rounded)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return (operation(case, x, w),)
+
+    def training() -> Any:
+        y = operation(case, x, w)
+        return (y, *torch.autograd.grad(y, (x, w), ct))
+
+    if kind == "training":
+        x.requires_grad_()
+        w.requires_grad_()
+    return Prepared(call=forward if kind == "forward" else training, parts=parts)

@@ -1,0 +1,46 @@
+"""The operands of a case, the same in every process, and the positions at which results are compared."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from benchmarks.cases import Case
+
+SAMPLES = 512
+
+
+@functools.lru_cache(maxsize=1)
+def operands(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs ``(N, D, H, W, C)``, kernel in Keras's layout, cotangent ``(N, D', H', W', F)``: float32, read-only."""
+    rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+    arrays = [rng.standard_normal(shape, np.float32) for shape in (case.inputs, case.kernel_shape, case.outputs)]
+    for array in arrays:
+        array.flags.writeable = False
+    return arrays[0], arrays[1], arrays[2]
+
+
+def labels(case: Case) -> np.ndarray:
+    """A random class for every voxel of the inputs, as the network is trained with."""
+    return np.random.default_rng(1).integers(0, case.filters, case.inputs[:4]).astype(np.int32)
+
+
+def sample(parts: Sequence[np.ndarray]) -> list[list[float]]:
+    """Fixed pseudo-random entries of results in the layout of `operands`."""
+    rng = np.random.default_rng(0)
+    picked = []
+    for part in parts:
+        positions = rng.integers(0, part.size, SAMPLES)
+        picked.append(np.asarray(part.reshape(-1)[positions], np.float64).tolist())
+    return picked
+
+
+def to_channels_first(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(x, -1, 1))
+
+
+def to_channels_last(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, 1, -1)

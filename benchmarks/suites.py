@@ -1,0 +1,106 @@
+"""What can be measured: the cases, the demo's network, time against volume. Each run is stored as one JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks import machine
+from benchmarks.cases import CASES, K2, K3, Case
+from benchmarks.contestants import LAX, NETWORKS, OTHER_FRAMEWORKS, OURS, contestants
+from benchmarks.orchestrate import Record, Skip, session
+
+VOLUMES = (16, 32, 64, 96, 128, 160)
+NETWORK_SIZES = (64,)
+CLASSES = 4
+LONGEST = 20.0
+"""Seconds of a call: `jax.lax` sits out the volumes where it would take longer."""
+
+Names = Mapping[str, tuple[str, str]]
+
+
+def run(args: argparse.Namespace) -> list[pathlib.Path]:
+    """The suites that the command line asks for; the files they were stored in."""
+    if args.network:
+        return [network(args)]
+    if args.volume:
+        return [volume(args)]
+    if not args.all:
+        return [cases(args, args.allocator, args.contestants)]
+    kept = args.contestants or [
+        name for name in contestants() if name not in ("flax", "keras", "equinox", "haiku")
+    ]  # wrappers of the convolution that jax.lax stands for
+    return [cases(args, "default", args.contestants), cases(args, "keep", kept), network(args), volume(args)]
+
+
+def cases(args: argparse.Namespace, allocator: str, wanted: Sequence[str] | None) -> pathlib.Path:
+    chosen = [case for case in CASES if not args.cases or case.name in args.cases]
+    return _store(args, f"cases-{allocator}", chosen, args.kinds, pick(contestants(), wanted), allocator)
+
+
+def network(args: argparse.Namespace) -> pathlib.Path:
+    """One training step of the demo's U-Net; the case only carries its sizes."""
+    chosen = [Case(f"unet_{n}", (1, n, n, n, 1), CLASSES, K3, K2, "same") for n in args.sizes or NETWORK_SIZES]
+    names = NETWORKS if args.all else pick(NETWORKS, args.contestants)
+    return _store(args, "network", chosen, ["step"], names, args.allocator)
+
+
+def volume(args: argparse.Namespace) -> pathlib.Path:
+    """Outputs of growing size, 16 to 16 channels."""
+    chosen = [Case(f"volume_{n}", (1, n // 2, n // 2, n // 2, 16), 16, K3, K2, "same") for n in args.sizes or VOLUMES]
+    wanted = (not args.all and args.contestants) or [OURS, LAX, *OTHER_FRAMEWORKS]
+    return _store(args, "volume", chosen, args.kinds, pick(contestants(), wanted), args.allocator)
+
+
+def pick(known: Names, wanted: Sequence[str] | None) -> dict[str, tuple[str, str]]:
+    """Those wanted, in the order in which they are known, ours (the first) always."""
+    first = next(iter(known))
+    return {name: where for name, where in known.items() if not wanted or name in wanted or name == first}
+
+
+def _store(
+    args: argparse.Namespace, suite: str, chosen: Sequence[Case], kinds: Sequence[str], names: Names, allocator: str
+) -> pathlib.Path:
+    """Measures and writes after every case, so that an interrupted run keeps what it has."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = pathlib.Path(args.out, f"{suite}.json")
+    stored: dict[str, Any] = {
+        "suite": suite,
+        "machine": machine.facts(allocator),
+        "rounds": args.rounds,
+        "contestants": list(names),
+        "cases": [],
+        "results": [],
+    }
+    total = len(chosen) * len(kinds) * len(names) * (args.rounds + 1)
+    with (
+        tqdm(total=total, unit="turn", dynamic_ncols=True) as progress,
+        session(names, args.rounds, allocator, args.out, progress, compare=suite != "network") as running,
+    ):
+        for case in chosen:
+            records = running.measure(case, kinds, too_long(stored["results"], stored["cases"]))
+            stored["results"] += records
+            stored["cases"].append({**case.as_dict(), "outputs": case.outputs, "operand_bytes": case.operand_bytes})
+            file.write_text(json.dumps(stored, indent=1))
+    return file
+
+
+def too_long(results: Sequence[Record], done: Sequence[dict[str, Any]]) -> Skip | None:
+    """Skips `jax.lax` on a volume where it would take longer than `LONGEST`, going by the volume before."""
+    if not done or not done[-1]["name"].startswith("volume_"):
+        return None
+    size = math.prod(done[-1]["outputs"])
+    before = [r for r in results if r["case"] == done[-1]["name"] and r["contestant"] == LAX]
+    times = {record["kind"]: record.get("median", math.inf) for record in before}
+
+    def skip(case: Case, kind: str, name: str) -> str | None:
+        seconds = times.get(kind, 0.0) * math.prod(case.outputs) / size
+        return f"would take over {LONGEST:.0f} s" if name == LAX and seconds > LONGEST else None
+
+    return skip

@@ -1,0 +1,104 @@
+"""`jax.vmap` of the primitives: a mapped axis joins the batch, the channels, the filters or the groups.
+
+Channels and filters are ordered by group: ``C = (G, C / G)``. An axis that only the inputs have joins the batch; one
+that only the kernel has joins the filters, or, for its adjoint, the channels; one that both have becomes groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import batching
+
+from conv3dt_jax import _primitives as p
+from conv3dt_jax._primitives import Form
+
+
+def _front(array: jax.Array, dim: Any) -> jax.Array:
+    return jnp.moveaxis(array, dim, 0)
+
+
+def _into_batch(array: jax.Array) -> jax.Array:
+    return array.reshape(-1 if array.shape[1] else 0, *array.shape[2:])
+
+
+def _out_of_batch(array: jax.Array, size: int) -> jax.Array:
+    return array.reshape(size, array.shape[0] // size, *array.shape[1:])
+
+
+def _into(array: jax.Array, dim: int, parts: int) -> jax.Array:
+    """Puts the leading axis into the axis ``dim`` (counted without it), behind its ``parts`` groups."""
+    size, shape = array.shape[0], array.shape[1:]
+    split = array.reshape(size, *shape[:dim], parts, shape[dim] // parts, *shape[dim + 1 :])
+    return jnp.moveaxis(split, 0, dim + 1).reshape(*shape[:dim], shape[dim] * size, *shape[dim + 1 :])
+
+
+def _out_of(array: jax.Array, dim: int, parts: int, size: int) -> jax.Array:
+    """Takes the axis out again and puts it first."""
+    shape = array.shape
+    split = array.reshape(*shape[:dim], parts, size, shape[dim] // parts // size, *shape[dim + 1 :])
+    return jnp.moveaxis(split, dim + 1, 0).reshape(size, *shape[:dim], shape[dim] // size, *shape[dim + 1 :])
+
+
+def _outputs(operands: Any, dims: Any, *, form: Form) -> Any:
+    (x, w), (xd, wd) = operands, dims
+    if wd is None:
+        x = _front(x, xd)
+        return _out_of_batch(p.outputs(_into_batch(x), w, form), x.shape[0]), 0
+    w = _front(w, wd)
+    size = w.shape[0]
+    if xd is None:
+        y = p.outputs(x, _into(w, 3, 1), form.with_filters(size))
+        return _out_of(y, 4, form.groups, size), 0
+    y = p.outputs(_into(_front(x, xd), 4, 1), _into(w, 4, 1), form.with_groups(size))
+    return _out_of(y, 4, 1, size), 0
+
+
+def _inputs(operands: Any, dims: Any, *, form: Form) -> Any:
+    (w, y), (wd, yd) = operands, dims
+    if wd is None:
+        y = _front(y, yd)
+        return _out_of_batch(p.inputs(w, _into_batch(y), form), y.shape[0]), 0
+    w = _front(w, wd)
+    size = w.shape[0]
+    if yd is None:
+        x = p.inputs(_into(w, 4, form.groups), y, form.with_channels(size))
+        return _out_of(x, 4, form.groups, size), 0
+    x = p.inputs(_into(w, 4, 1), _into(_front(y, yd), 4, 1), form.with_groups(size))
+    return _out_of(x, 4, 1, size), 0
+
+
+def _kernel(operands: Any, dims: Any, *, form: Form) -> Any:
+    (x, y), (xd, yd) = operands, dims
+    size = operands[0].shape[xd] if xd is not None else operands[1].shape[yd]
+    if yd is None:
+        w = p.kernel(_into(_front(x, xd), 4, form.groups), y, form.with_channels(size))
+        return _out_of(w, 4, form.groups, size), 0
+    if xd is None:
+        w = p.kernel(x, _into(_front(y, yd), 4, form.groups), form.with_filters(size))
+        return _out_of(w, 3, 1, size), 0
+    w = p.kernel(_into(_front(x, xd), 4, 1), _into(_front(y, yd), 4, 1), form.with_groups(size))
+    return _out_of(w, 4, 1, size), 0
+
+
+def _tangent(operands: Any, dims: Any, *, form: Form) -> Any:
+    def both(dx: jax.Array, dw: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
+        return p.outputs(dx, w, form) + p.outputs(x, dw, form)
+
+    return jax.vmap(both, dims)(*operands), 0
+
+
+def _gradients(operands: Any, dims: Any, *, form: Form) -> Any:
+    def both(x: jax.Array, w: jax.Array, y: jax.Array) -> list[jax.Array]:
+        return [p.inputs(w, y, form), p.kernel(x, y, form)]
+
+    return jax.vmap(both, dims)(*operands), [0, 0]
+
+
+batching.primitive_batchers[p.outputs_p] = _outputs
+batching.primitive_batchers[p.inputs_p] = _inputs
+batching.primitive_batchers[p.kernel_p] = _kernel
+batching.primitive_batchers[p.tangent_p] = _tangent
+batching.primitive_batchers[p.gradients_p] = _gradients

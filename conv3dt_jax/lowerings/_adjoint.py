@@ -1,0 +1,177 @@
+"""Both gradients of the matrix lowerings: the same geometry read backward, as a strided convolution.
+
+    dx[i, c] = sum_{t, f} y[i * s + t * d - lo, f] w[t, f, c],
+    dw[t, f, c] = sum_i x[i, c] y[i * s + t * d - lo, f].
+
+Both need, for every input cell i, the patch of cotangents that it reached: ``P[i, (t, f)]``. Then ``dx = P w`` and
+``dw = P^T x`` are plain matrix products. The patches are gathered block by block, and one gathering serves both.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from conv3dt_jax._geometry import Axis, Geometry
+from conv3dt_jax.lowerings import _blocks, _tiles
+
+SHORT_RUN = 3
+"""Filters below which patches are stored tap by tap, since runs of so few values cannot be copied as blocks."""
+
+
+def gradients(
+    inputs: jax.Array | None,
+    kernel: jax.Array | None,
+    cotangent: jax.Array,
+    geometry: Geometry,
+    channels: int,
+    *,
+    groups: int,
+    precision: lax.PrecisionLike,
+    accumulate: DTypeLike,
+    tile_bytes: int,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """The gradient for the inputs (where ``kernel`` is given) and for the kernel (where ``inputs`` is given).
+
+    Args:
+      inputs: ``(N, D, H, W, C)`` or None.
+      kernel: ``(kd, kh, kw, F / G, C)`` or None.
+      cotangent: ``(N, *out, F)``.
+      geometry: of the transposed convolution.
+      channels: C.
+      groups: G.
+      precision: see `jax.lax.dot_general`.
+      accumulate: dtype of the sums and of the results, unless an operand's is wider.
+      tile_bytes: see `_tiles.plan`.
+
+    Returns:
+      ``(N, D, H, W, C)`` or None, and ``(kd, kh, kw, F / G, C)`` or None.
+    """
+    dtype = _tiles.widest(accumulate, cotangent, *(a for a in (inputs, kernel) if a is not None))
+    batch, *_, filters = cotangent.shape
+    space = tuple(axis.n for axis in geometry)
+    for dim, axis in enumerate(geometry, start=1):
+        if axis.wraps:
+            cotangent = _unwrap(cotangent, dim, axis)
+    window = tuple(axis.k for axis in geometry)
+    blocks = _blocks.count(groups, channels, filters)
+    each_c, each_f = channels // blocks, filters // blocks
+    columns = math.prod(window) * each_f
+    spans = _tiles.plan((batch, blocks, *space), columns * dtype.itemsize, tile_bytes)
+    matrix = None
+    if kernel is not None:
+        order = _tap_order(geometry)
+        matrix = _blocks.split_kernel(kernel.astype(dtype), groups).transpose(0, *(1 + t for t in order), 4, 5)
+        matrix = matrix.reshape(blocks, columns, each_c)
+    transposed = each_f < SHORT_RUN
+
+    def body(starts: list[Any], carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        sample, block, depth, height = starts
+        patches = _patches(cotangent, spans, starts, geometry, each_f, dtype, transposed)
+        corner = (sample, depth, height, 0, block * each_c)
+        walked = (spans[0], *spans[2:])
+        cells = (*(span.block for span in walked), space[2], each_c)
+        dx, dw = carry
+        if matrix is not None:
+            weights = lax.dynamic_index_in_dim(matrix, block, keepdims=False)
+            contract = ((0,), (0,)) if transposed else ((1,), (0,))
+            part = lax.dot_general(patches, weights, (contract, ((), ())), precision=precision)
+            part = part.reshape(cells)
+            dx = part if part.shape == dx.shape else _tiles.put(dx, part, corner)
+        if inputs is not None:
+            x = _tiles.cut(inputs, corner, cells).astype(dtype)
+            x = _once(x, walked, (sample, depth, height)).reshape(-1, each_c)
+            if transposed:
+                part = lax.dot_general(patches, x, (((1,), (0,)), ((), ())), precision=precision)
+            else:  # the long side last: twice as fast as its transpose
+                part = lax.dot_general(x, patches, (((0,), (0,)), ((), ())), precision=precision)
+            old = lax.dynamic_index_in_dim(dw, block, keepdims=False)
+            dw = lax.dynamic_update_index_in_dim(dw, old + part, block, 0)
+        return dx, dw
+
+    dx = None if matrix is None else jnp.zeros((batch, *space, channels), dtype)
+    shape = (columns, each_c) if transposed else (each_c, columns)
+    dw = None if inputs is None else jnp.zeros((blocks, *shape), dtype)
+    dx, dw = _tiles.for_each_tile(spans, body, (dx, dw))
+    if dw is not None:
+        dw = dw if transposed else dw.swapaxes(1, 2)
+        dw = _unorder(dw, geometry, each_f, each_c)
+        dw = _blocks.join_kernel(dw, groups, filters, channels)
+    return dx, dw
+
+
+def _unwrap(cotangent: jax.Array, dim: int, axis: Axis) -> jax.Array:
+    """The cotangent of the full result of a circular axis."""
+    padding = [(0, 0)] * cotangent.ndim
+    padding[dim] = (axis.lo, max(axis.full - axis.lo - axis.out, 0))
+    if padding[dim] == (0, 0):
+        return cotangent
+    return lax.optimization_barrier(jnp.pad(cotangent, padding, mode="wrap"))
+
+
+def _once(x: jax.Array, spans: Any, starts: Any) -> jax.Array:
+    """Zeros for the cells that an earlier block has added already."""
+    for dim, (span, start) in enumerate(zip(spans, starts, strict=True)):
+        if span.repeats and span.count > 1:
+            again = (span.count - 1) * span.block - (span.length - span.block)
+            first = jnp.where(start == span.length - span.block, again, 0)
+            x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, dim) >= first, x, 0)
+    return x
+
+
+def _tap_order(geometry: Geometry) -> list[int]:
+    """The kernel's axes as the patches hold them: those that overlap first, the others beside the filters."""
+    return sorted(range(3), key=lambda dim: (not geometry[dim].overlaps, dim))
+
+
+def _unorder(dw: jax.Array, geometry: Geometry, filters: int, channels: int) -> jax.Array:
+    order = _tap_order(geometry)
+    dw = dw.reshape(-1, *(geometry[dim].k for dim in order), filters, channels)
+    return dw.transpose(0, *(1 + order.index(dim) for dim in range(3)), 4, 5)
+
+
+def _patches(
+    cotangent: jax.Array, spans: Any, starts: Any, geometry: Geometry, filters: int, dtype: Any, transposed: bool
+) -> jax.Array:
+    """``(cells, taps * F)``, or its transpose: what every cell of a block has reached."""
+    sample, block, *corner = starts
+    axes = (*spans[2:], _tiles.Span(geometry[2].n, geometry[2].n))
+    windows = [_tiles.Window.of(spans[0], sample)]
+    for axis, span, start in zip(geometry, axes, (*corner, 0), strict=True):
+        lo = 0 if axis.wraps else axis.lo
+        extent = axis.ke - 1 if axis.overlaps else axis.s - 1
+        windows.append(_tiles.Window.of(span, start, scale=axis.s, offset=-lo, extent=extent))
+    many = cotangent.shape[-1] - filters
+    windows.append(_tiles.Window(block * filters, filters, 0, many))
+    slab = _tiles.read(cotangent, windows).astype(dtype)
+    # Axes without overlap: (n * s) -> (n, k), the taps moved to the end; those with overlap: one slice per tap.
+    cells = [spans[0].block, *(span.block for span in axes)]
+    shape: list[int] = [slab.shape[0]]
+    for axis, span, size in zip(geometry, axes, slab.shape[1:4], strict=True):
+        shape += [size, 1] if axis.overlaps else [span.block, axis.s]
+    slab = slab.reshape(*shape, filters)
+    for dim, axis in zip((2, 4, 6), geometry, strict=True):
+        if not axis.overlaps:
+            slab = lax.slice_in_dim(slab, 0, axis.ke, axis.d, dim)
+    slab = lax.optimization_barrier(slab.transpose(0, 1, 3, 5, 2, 4, 6, 7))
+    slab = slab.reshape(*slab.shape[:4], -1)
+    pieces = []
+    for taps in itertools.product(*(range(axis.k) if axis.overlaps else (0,) for axis in geometry)):
+        piece = slab
+        offsets, limits, strides = [0], [cells[0]], [1]
+        for tap, axis, count in zip(taps, geometry, cells[1:], strict=True):
+            stride = axis.s if axis.overlaps else 1
+            offsets.append(tap * axis.d)
+            limits.append(tap * axis.d + (count - 1) * stride + 1)
+            strides.append(stride)
+        pieces.append(lax.slice(piece, (*offsets, 0), (*limits, piece.shape[-1]), (*strides, 1)))
+    rows = math.prod(cells)
+    if transposed:
+        return jnp.concatenate([piece.reshape(rows, -1).T for piece in pieces], 0)
+    return jnp.concatenate(pieces, -1).reshape(rows, -1)

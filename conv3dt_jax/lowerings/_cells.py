@@ -1,0 +1,127 @@
+"""Outputs block by block: the kept window as cells of ``s`` outputs, and the inputs that a block of cells needs.
+
+Output ``m * s + r`` of the window is reached by the taps with ``t * d - lo = a * s + r``, from input ``m - a``. A block
+of cells ``[m0, m0 + b)`` needs the inputs from ``m0 - max(a)`` to ``m0 + b - 1 - min(a)``, zeros beyond the ends.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from conv3dt_jax._geometry import Axis, Geometry
+from conv3dt_jax.lowerings import _tiles
+
+MOST_RUNS = 3
+"""Runs of an axis beyond which all residues are one: the program must not grow with the stride."""
+
+
+def cells(axis: Axis) -> int:
+    """The cells of ``s`` outputs that cover the window."""
+    return -(-axis.out // axis.s)
+
+
+def shifts(axis: Axis, residues: Sequence[int] | None = None) -> list[int]:
+    """The shifts ``a`` that the taps of the given residues need (of all, where None)."""
+    pairs = [divmod(t * axis.d - axis.lo, axis.s) for t in range(axis.k)]
+    return sorted({a for a, r in pairs if residues is None or r in residues})
+
+
+def span(axis: Axis) -> int:
+    """How many more inputs than cells a block needs."""
+    return shifts(axis)[-1] - shifts(axis)[0]
+
+
+def runs(axis: Axis) -> list[tuple[int, int]]:
+    """Neighbouring residues ``[first, last)`` that need the same shifts; those that no tap reaches are left out."""
+    found: list[tuple[int, int]] = []
+    for _, group in itertools.groupby(range(axis.s), key=lambda r: shifts(axis, [r])):
+        members = list(group)
+        if shifts(axis, members):
+            found.append((members[0], members[-1] + 1))
+    return found if len(found) <= MOST_RUNS else [(found[0][0], found[-1][1])]
+
+
+def extend(inputs: jax.Array, geometry: Geometry) -> jax.Array:
+    """The inputs ``m - a`` of all cells and shifts: zeros, or the other end, where those reach past the inputs."""
+    for dim, axis in enumerate(geometry, start=1):
+        first, last = shifts(axis)[0], shifts(axis)[-1]
+        low, high = last, cells(axis) - first - axis.n
+        if axis.wraps and max(low, high) > 0:
+            around = [(0, 0)] * inputs.ndim
+            around[dim] = (max(low, 0), max(high, 0))
+            inputs = lax.optimization_barrier(jnp.pad(inputs, around, mode="wrap"))
+            low, high = min(low, 0), min(high, 0)
+        padding = [(0, 0, 0)] * inputs.ndim
+        padding[dim] = (low, high, 0)
+        inputs = lax.pad(inputs, jnp.zeros((), inputs.dtype), padding)
+    return lax.optimization_barrier(inputs)
+
+
+def _size(geometry: Geometry) -> int:
+    return math.prod(axis.out for axis in geometry)
+
+
+Part = tuple[jax.Array, tuple[int, int]]
+"""``(n, cells, rd, cells, rh, width, F)``, and the first residues rd and rh in their cells."""
+
+
+def walk(
+    inputs: jax.Array,
+    geometry: Geometry,
+    crop: int,
+    filters: int,
+    blocks: int,
+    spans: Sequence[_tiles.Span],
+    dtype: Any,
+    compute: Callable[[jax.Array, Any], list[Part]],
+) -> jax.Array:
+    """``(N, D, H, W, C)`` to ``(N, *out, F)``: ``compute(slab, group)`` gives the phases of a block of cells.
+
+    Args:
+      inputs: the inputs.
+      geometry: its width may begin early.
+      crop: outputs by which the width begins early; ``compute`` has left them out.
+      filters: F.
+      blocks: blocks of groups, see `_blocks`.
+      spans: of batch, groups, depth and height.
+      dtype: of the sums.
+      compute: takes the inputs ``(n, d + span, h + span, W + span, C / blocks)`` that a block of cells needs.
+    """
+    depth, height, width = geometry
+    each_c, each_f = inputs.shape[-1] // blocks, filters // blocks
+    if (
+        any(axis.wraps for axis in geometry)
+        or 2 * math.prod(inputs.shape[1:]) <= _size(geometry) * filters
+    ):
+        inputs, offsets = extend(inputs, geometry), [0, 0, 0]
+    else:  # padding all of it would cost more than padding every block
+        offsets = [-shifts(axis)[-1] for axis in geometry]
+    space = (spans[2].length, depth.s, spans[3].length, height.s, width.out - crop)
+    walked = (spans[2], spans[3], _tiles.Span(cells(width), cells(width)))
+
+    def body(starts: list[Any], result: jax.Array) -> jax.Array:
+        sample, group, *corner = starts
+        windows = [
+            _tiles.Window.of(spans[0], sample),
+            *(
+                _tiles.Window.of(cut, start, offset=offset, extent=span(axis))
+                for cut, start, offset, axis in zip(walked, (*corner, 0), offsets, geometry, strict=True)
+            ),
+            _tiles.Window(group * each_c, each_c, 0, inputs.shape[-1] - each_c),
+        ]
+        slab = _tiles.read(inputs, windows).astype(dtype)
+        for part, (d0, h0) in compute(slab, group):
+            place = (sample, corner[0], d0, corner[1], h0, 0, group * each_f)
+            result = part if part.shape == result.shape else _tiles.put(result, part, place)
+        return result
+
+    result = _tiles.for_each_tile(spans, body, jnp.zeros((inputs.shape[0], *space, filters), dtype))
+    result = result.reshape(result.shape[0], math.prod(space[:2]), math.prod(space[2:4]), space[4], filters)
+    return result[:, : depth.out, : height.out]

@@ -1,0 +1,162 @@
+"""Walking over a volume block by block, with temporaries that stay in the cache.
+
+On a CPU the large temporaries of a whole-array algorithm cost more than its arithmetic: every fresh page is a fault,
+and every pass leaves the cache. The lowerings for CPUs loop over blocks of (batch, groups, depth, height) instead; the
+width is never cut, so that rows stay long.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+LARGEST, SMALLEST = 4 << 20, 1 << 18
+"""Bytes of the largest temporary of a block. Blocks of a few second-level caches measured fastest."""
+
+
+def tile_bytes(platform: str, *shapes: Sequence[Any], itemsize: int) -> int:
+    """Bytes for a block's largest temporary.
+
+    A fraction of what operands and result hold, so that all temporaries together stay below them. Accelerators take
+    the whole volume at once: loops would starve them.
+    """
+    if platform != "cpu":
+        return 1 << 62
+    held = sum(math.prod(size for size in shape if isinstance(size, int)) for shape in shapes) * itemsize
+    return min(max(held // 4, SMALLEST), LARGEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """An axis of ``length`` cells in blocks of ``block``; the last one starts early where it would stick out."""
+
+    length: Any  # an int; of a batch, it may be symbolic
+    block: int
+
+    @property
+    def count(self) -> Any:
+        return -(-self.length // self.block)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the last block does some cells again."""
+        return self.length % self.block != 0
+
+    def start(self, index: Any) -> Any:
+        """First cell of a block; the integer 0 where there is one block."""
+        if self.count == 1:
+            return 0
+        start = index * self.block
+        return jnp.minimum(start, self.length - self.block) if self.repeats else start
+
+
+def plan(lengths: Sequence[Any], cell_bytes: int, tile_bytes: int) -> tuple[Span, ...]:
+    """Blocks of about ``tile_bytes`` over (batch, groups, depth, height, width), innermost filled first.
+
+    A block has one group and whole rows.
+    """
+    spans: list[Span] = []
+    room = max(tile_bytes // max(cell_bytes, 1), 1)
+    for length in reversed(lengths):
+        block = _block(length, room)
+        spans.append(Span(length, block))
+        room = max(room // length, 1) if isinstance(length, int) and block == length else 1
+    batch, _, depth, height, _ = reversed(spans)
+    return batch, Span(lengths[1], 1), depth, height
+
+
+def _block(length: Any, most: int) -> int:
+    """The largest divisor of ``length`` up to ``most``; where all are small, equal blocks that overlap a little."""
+    if not isinstance(length, int):
+        return 1
+    if most >= length:
+        return length
+    divisor = max(b for b in range(1, most + 1) if length % b == 0)
+    if 2 * divisor > most:
+        return divisor
+    return -(-length // -(-length // most))
+
+
+def widest(accumulate: Any, *arrays: jax.Array) -> Any:
+    """The dtype to compute in: that of the sums, or of an operand that is wider."""
+    return max([jnp.dtype(accumulate), *(array.dtype for array in arrays)], key=lambda dtype: dtype.itemsize)
+
+
+def for_each_tile(spans: Sequence[Span], body: Callable[[list[Any], Any], Any], carry: Any) -> Any:
+    """``carry = body(starts, carry)`` for every block, in order."""
+    counts = [span.count for span in spans]
+    if all(count == 1 for count in counts):
+        return body([0] * len(spans), carry)
+
+    def step(index: jax.Array, carry: Any) -> Any:
+        starts: list[Any] = []
+        for dim in reversed(range(len(spans))):
+            outermost = all(count == 1 for count in counts[:dim])
+            starts.append(spans[dim].start(index if outermost else index % counts[dim]))
+            index = index if counts[dim] == 1 or outermost else index // counts[dim]
+        return body(starts[::-1], carry)
+
+    total = math.prod(counts)
+    return lax.fori_loop(0, total if isinstance(total, int) else jnp.asarray(total, jnp.int32), step, carry)
+
+
+def cut(array: jax.Array, starts: Sequence[Any], sizes: Sequence[Any]) -> jax.Array:
+    """`lax.dynamic_slice` with starts that may be integers and tracers side by side."""
+    return lax.dynamic_slice(array, [jnp.asarray(start, jnp.int32) for start in starts], sizes)
+
+
+def put(array: jax.Array, part: jax.Array, starts: Sequence[Any]) -> jax.Array:
+    """`lax.dynamic_update_slice`, likewise; in place inside a loop."""
+    return lax.dynamic_update_slice(array, part, [jnp.asarray(start, jnp.int32) for start in starts])
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """``length`` elements from ``start`` on, which lies between ``lowest`` and ``highest`` (all equal where known)."""
+
+    start: Any
+    length: int
+    lowest: int
+    highest: int
+
+    @classmethod
+    def of(cls, span: Span, start: Any, *, scale: int = 1, offset: int = 0, extent: int = 0) -> Window:
+        """The elements ``scale * cell + offset + [0, extent]`` of the cells of a block that begins at ``start``."""
+        lowest, highest = offset, scale * (span.length - span.block) + offset
+        return cls(scale * start + offset, scale * (span.block - 1) + 1 + extent, lowest, highest)
+
+
+def read(array: jax.Array, windows: Sequence[Window]) -> jax.Array:
+    """Cuts a window out of an array, zeros outside of it; only what a block needs is copied."""
+    before, after = [], []
+    for size, window in zip(array.shape, windows, strict=True):
+        before.append(max(-window.lowest, 0))
+        after.append(max(window.highest + window.length - size, 0))
+    starts: list[Any] = []
+    sizes, padding, shifts = [], [], []
+    for size, window, low, high in zip(array.shape, windows, before, after, strict=True):
+        if isinstance(window.start, int):
+            first, last = max(window.start, 0), min(window.start + window.length, size)
+            starts.append(min(first, size))
+            sizes.append(max(last - first, 0))
+            padding.append((min(low, window.length), window.length - min(low, window.length) - sizes[-1], 0))
+            shifts.append(0)
+        else:
+            length = min(window.length, size)
+            clipped = jnp.clip(window.start, 0, size - length) if low or high else window.start
+            starts.append(clipped)
+            sizes.append(length)
+            high = max(window.highest - (size - length), 0) + window.length - length if high else 0
+            padding.append((low, high, 0))
+            shifts.append(window.start - clipped + low if low or high else 0)
+    part = cut(array, starts, sizes) if tuple(sizes) != array.shape else array
+    if any(low or high for low, high, _ in padding):
+        part = lax.pad(part, jnp.zeros((), part.dtype), padding)
+    lengths = tuple(window.length for window in windows)
+    return cut(part, shifts, lengths) if part.shape != lengths else part

@@ -1,0 +1,34 @@
+"""Both gradients of a lowering from its forward pass alone: `jax.linear_transpose`, one operand at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from conv3dt_jax._geometry import Geometry
+
+
+def transposes(
+    outputs: Callable[..., jax.Array],
+    inputs: jax.Array | None,
+    kernel: jax.Array | None,
+    cotangent: jax.Array,
+    geometry: Geometry,
+    channels: int,
+    *,
+    groups: int,
+    **static: Any,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """The gradient for the inputs (where ``kernel`` is given) and for the kernel (where ``inputs`` is given)."""
+    dx = dw = None
+    batch, *_, filters = cotangent.shape
+    if kernel is not None:
+        x = jax.ShapeDtypeStruct((batch, *(axis.n for axis in geometry), channels), kernel.dtype)
+        (dx,) = jax.linear_transpose(lambda x: outputs(x, kernel, geometry, groups=groups, **static), x)(cotangent)
+    if inputs is not None:
+        window = (axis.k for axis in geometry)
+        w = jax.ShapeDtypeStruct((*window, filters // groups, channels), inputs.dtype)
+        (dw,) = jax.linear_transpose(lambda w: outputs(inputs, w, geometry, groups=groups, **static), w)(cotangent)
+    return dx, dw

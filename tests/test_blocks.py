@@ -1,0 +1,115 @@
+"""Walking a volume block by block changes nothing but the memory: values, gradients, temporaries."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import conv3dt_jax as c3t
+from conv3dt_jax.lowerings import LOWERINGS, _blocks, _tiles
+from tests import oracle
+from tests.cases import CASES, Case
+
+by_lowering = pytest.mark.parametrize("name", ["matmul", "phases"])
+
+
+def specification(case: Case) -> c3t.Conv3DTransposeSpec:
+    keywords = {name: value for name, value in case.kwargs.items() if name != "output_size"}
+    return c3t.Conv3DTransposeSpec(filters=case.filters, kernel_size=case.kernel, **keywords)
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 2000])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@by_lowering
+def test_blocks_of_any_size_give_the_defined_result_and_gradients(name, case: Case, tile_bytes: int, x64: None) -> None:
+    x, w, _ = case.operands(np.float64)
+    spec = specification(case)
+    if spec.data_format == "channels_first" or x.ndim != 5:
+        pytest.skip("layouts live above the lowerings")
+    geometry = spec.geometry(x.shape[1:4], case.kwargs.get("output_size"))
+    if 0 in x.shape or any(axis.is_empty for axis in geometry):
+        pytest.skip("empty calls never reach a lowering")
+    static = {"groups": spec.groups, "precision": None, "accumulate": x.dtype, "tile_bytes": tile_bytes}
+    want = oracle.conv3d_transpose(x, w, **case.kwargs)
+    ct = np.random.default_rng(1).normal(size=want.shape)
+    want_dx, want_dw = oracle.vjp(x, w, ct, **case.kwargs)
+    lowering = LOWERINGS[name]
+    y = jax.jit(lambda x, w: lowering.outputs(x, w, geometry, **static))(x, w)
+    dx, dw = jax.jit(lambda x, w, y: lowering.gradients(x, w, y, geometry, x.shape[-1], **static))(x, w, ct)
+    for got, expected in ((y, want), (dx, want_dx), (dw, want_dw)):
+        assert got.shape == expected.shape
+        np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "cell", "room", "blocks"),
+    [
+        ((1, 1, 8, 8, 8), 4, 1 << 20, (1, 1, 8, 8)),  # all at once
+        ((3, 1, 8, 8, 8), 4, 4 * 512, (1, 1, 8, 8)),  # a sample at a time
+        ((3, 2, 8, 8, 8), 4, 4 * 128, (1, 1, 2, 8)),  # two planes
+        ((3, 1, 8, 8, 8), 4, 4 * 16, (1, 1, 1, 2)),  # two rows
+        ((3, 1, 8, 8, 8), 4, 1, (1, 1, 1, 1)),  # never less than a row
+        ((1, 1, 7, 8, 8), 4, 4 * 64 * 5, (1, 1, 4, 8)),  # 4 + 4 overlap by one
+    ],
+)
+def test_blocks_fill_from_the_innermost_axis(lengths, cell, room, blocks) -> None:
+    assert tuple(span.block for span in _tiles.plan(lengths, cell, room)) == blocks
+
+
+def test_windows_read_zeros_outside() -> None:
+    array = jnp.arange(1.0, 7.0)
+    span = _tiles.Span(6, 2)
+    for start, want in ((0, [0, 0, 1, 2]), (2, [1, 2, 3, 4]), (4, [3, 4, 5, 6])):
+        window = _tiles.Window.of(span, jnp.int32(start), offset=-2, extent=2)
+        np.testing.assert_array_equal(jax.jit(lambda w=window: _tiles.read(array, [w]))(), want)
+    static = _tiles.Window.of(_tiles.Span(6, 6), 0, offset=-1, extent=2)
+    np.testing.assert_array_equal(_tiles.read(array, [static]), [0, 1, 2, 3, 4, 5, 6, 0])
+
+
+@pytest.mark.parametrize(
+    ("groups", "channels", "filters"), [(1, 3, 2), (4, 8, 4), (6, 6, 6), (2, 40, 40), (32, 32, 64)]
+)
+def test_kernels_of_merged_groups_come_apart_again(groups, channels, filters) -> None:
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 3, filters // groups, channels)))
+    blocks = _blocks.split_kernel(kernel, groups)
+    assert blocks.shape[0] == _blocks.count(groups, channels, filters)
+    assert blocks.size * blocks.shape[0] == 6 * filters * channels
+    np.testing.assert_array_equal(_blocks.join_kernel(blocks, groups, filters, channels), kernel)
+
+
+SIZES = {
+    "k2s2": ((1, 16, 16, 16, 32), 16, 2, 2),
+    "k3s2": ((1, 24, 24, 24, 16), 16, 3, 2),
+    "k3s1": ((1, 32, 32, 32, 16), 16, 3, 1),
+    "k5s3": ((1, 12, 12, 12, 16), 16, 5, 3),
+    "batch": ((16, 8, 8, 8, 16), 16, 3, 2),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_temporaries_stay_below_what_goes_in_and_comes_out(size: str) -> None:
+    """Whole-array patches would hold 4 to 27 times the inputs or the outputs."""
+    shape, filters, k, s = SIZES[size]
+    x, w = jnp.ones(shape), jnp.ones((k, k, k, filters, shape[-1]))
+    run = lambda x, w: c3t.conv3d_transpose(x, w, strides=s, padding="same")
+    y = jax.eval_shape(run, x, w)
+    held = 4 * (x.size + w.size + y.size)
+    forward = jax.jit(run).lower(x, w).compile().memory_analysis().temp_size_in_bytes
+    pull = lambda x, w, y: jax.vjp(run, x, w)[1](y)
+    backward = jax.jit(pull).lower(x, w, y).compile().memory_analysis().temp_size_in_bytes
+    assert forward <= held
+    assert backward <= held
+
+
+@pytest.mark.parametrize("direction", ["forward", "training"])
+def test_the_program_does_not_grow_with_the_volume_or_the_stride(direction: str) -> None:
+    def operations(space: int, k: int, s: int) -> int:
+        x, w = jax.ShapeDtypeStruct((1, space, space, space, 8), "float32"), jnp.ones((k, k, k, 8, 8))
+        run = lambda x, w: c3t.conv3d_transpose(x, w, strides=s, padding="same").sum()
+        step = run if direction == "forward" else jax.value_and_grad(run, (0, 1))
+        return jax.jit(step).lower(x, w).as_text().count("stablehlo.")
+
+    one_more_loop, one_more_run = 40, 40
+    assert operations(512, 3, 2) <= operations(32, 3, 2) + one_more_loop
+    assert operations(32, 3, 16) <= operations(32, 3, 4) + one_more_run
+    assert operations(32, 5, 4) <= operations(32, 5, 3)
