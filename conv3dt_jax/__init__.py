@@ -8,6 +8,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from conv3dt_jax._explain import Explanation, explain
 from conv3dt_jax._spec import Conv3DTransposeSpec
 from conv3dt_jax.functional import apply, conv3d_transpose, init, output_shape
 
@@ -20,8 +21,10 @@ __all__ = [
     "Conv3DTranspose",
     "Conv3DTransposeSpec",
     "Convolution3DTranspose",
+    "Explanation",
     "apply",
     "conv3d_transpose",
+    "explain",
     "init",
     "output_shape",
 ]

@@ -11,14 +11,13 @@
   `phases` into as many slices: `matmul` where its products are few, else `dilated`.
 
 The cost rule, in nanoseconds fitted on two cores of an x86 server, counts multiply-adds and the values that pass
-through the cache: ``0.005 * multiply_adds + 0.3 * products`` for `matmul`, which writes one product for every input,
+through the cache: ``0.005 * multiply_adds + 0.6 * products`` for `matmul`, which writes one product for every input,
 tap and filter, and ``0.005 * multiply_adds + 0.25 * gathered`` for `phases`, which gathers shifted inputs and
 multiplies some zeros.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -27,16 +26,13 @@ import jax
 import jax.numpy as jnp
 
 from conv3dt_jax._geometry import Geometry
-from conv3dt_jax.lowerings import LOWERINGS, matmul, phases
-from conv3dt_jax.lowerings._cells import cells, runs, shifts
+from conv3dt_jax.lowerings import LOWERINGS, phases
 from conv3dt_jax.lowerings._tiles import tile_bytes
+from conv3dt_jax.lowerings._work import Call
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
-MULTIPLY_ADD, PRODUCT, GATHERED = 0.005, 0.3, 0.25
-
-SHORT_RUN = 6
-"""Neighbouring values below which a block's products are laid out one by one, at five times the cost."""
+MULTIPLY_ADD, VALUE = 0.005, {"matmul": 0.6, "phases": 0.25}
 
 _MOST_PIECES = 216
 """Slices that `phases` may write into the program; its compile time grows with them."""
@@ -47,49 +43,46 @@ _MOST_PRODUCTS = 4096
 
 def choose(kind: str, platform: str, form: Any, batch: Any) -> str:
     """The lowering that "auto" means for a primitive on a platform; ``batch`` may be symbolic."""
+    return decide(kind, platform, form, batch)[0]
+
+
+def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
+    """The lowering that "auto" means, and why."""
     geometry = form.geometry
     if not all(isinstance(axis.out, int) for axis in geometry):
-        return "dilated"
+        return "dilated", "the spatial sizes are not known when it is traced"
     overlaps = any(axis.overlaps for axis in geometry)
     if platform != "cpu":
-        floating = jnp.issubdtype(form.dtypes[2], jnp.floating)
-        return "matmul" if not overlaps else "dilated" if floating else "phases"
+        if not overlaps:
+            return "matmul", "no outputs overlap: one product, no zeros"
+        if jnp.issubdtype(form.sums, jnp.floating):
+            return "dilated", "outputs overlap: the platform's convolution"
+        return "phases", "outputs overlap, and the platform convolves floating-point numbers only"
     forward = kind in ("outputs", "tangent")
     if phases.pieces(geometry, gradient=not forward) > _MOST_PIECES:
-        few = math.prod(axis.k for axis in geometry) * form.filters // form.groups <= _MOST_PRODUCTS
-        return "matmul" if few else "dilated"
+        if math.prod(axis.k for axis in geometry) * form.filters // form.groups <= _MOST_PRODUCTS:
+            return "matmul", "the kernel has too many overlapping taps to gather, and few products"
+        return "dilated", "the kernel has too many overlapping taps to gather or to add up"
     if not forward:
-        return "phases"
+        return "phases", "one gathering of patches serves both gradients"
     if not overlaps:
-        return "matmul"
-    return "matmul" if matmul_cost(form, batch) < phases_cost(form, batch) else "phases"
+        return "matmul", "no outputs overlap: one product, no zeros"
+    room = room_for("cpu", form, batch)
+    costs = {name: cost(name, Call.of(form, batch, room)) for name in ("matmul", "phases")}
+    name = min(costs, key=lambda name: costs[name])
+    return name, " against ".join(f"{name} {ns / 1e6:.2g} ms" for name, ns in costs.items()) + " by the cost rule"
 
 
-def matmul_cost(form: Any, batch: Any) -> float:
-    """Nanoseconds that `matmul` takes for the result on a CPU, by the rule above."""
-    batch = batch if isinstance(batch, int) else 1
-    inputs = batch * math.prod(axis.n for axis in form.geometry)
-    products = inputs * math.prod(axis.k for axis in form.geometry) * form.filters
+def cost(name: str, call: Call) -> float:
+    """Nanoseconds for the result on a CPU, by the cost rule."""
+    work = LOWERINGS[name].work(call, gradient=False)
+    return MULTIPLY_ADD * work.multiply_adds + VALUE[name] * work.values
+
+
+def room_for(platform: str, form: Any, batch: Any) -> int:
+    """Bytes of a block, see `_tiles.tile_bytes`."""
     shapes = (form.inputs_shape(batch), form.kernel_shape(), form.outputs_shape(batch))
-    itemsize = form.dtypes[2].itemsize
-    room = tile_bytes("cpu", *shapes, itemsize=itemsize)
-    in_blocks = matmul.in_blocks(form.geometry, batch, form.channels, form.filters, itemsize, room)
-    short = in_blocks and form.geometry[2].s * form.filters < SHORT_RUN
-    return MULTIPLY_ADD * products * form.channels / form.groups + PRODUCT * (5 if short else 1) * products
-
-
-def phases_cost(form: Any, batch: Any) -> float:
-    """Nanoseconds that `phases` takes for the result on a CPU, by the rule above."""
-    batch = batch if isinstance(batch, int) else 1
-    width = phases.aligned(form.geometry[2])[0]
-    depth, height = form.geometry[:2]
-    windows = batch * math.prod(map(cells, (depth, height, width)))
-    gathered = multiply_adds = 0.0
-    for (d0, d1), (h0, h1) in itertools.product(runs(depth), runs(height)):
-        here = len(shifts(depth, range(d0, d1))) * len(shifts(height, range(h0, h1))) * len(shifts(width))
-        gathered += windows * here * form.channels
-        multiply_adds += windows * here * (d1 - d0) * (h1 - h0) * width.s * form.channels * form.filters / form.groups
-    return MULTIPLY_ADD * multiply_adds + GATHERED * gathered
+    return tile_bytes(platform, *shapes, itemsize=form.sums.itemsize)
 
 
 def check_named(implementation: str, geometry: Geometry) -> None:
@@ -101,27 +94,22 @@ def check_named(implementation: str, geometry: Geometry) -> None:
 
 def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
     """Computes one of the primitives of `_primitives` with the lowering named there, or that "auto" means."""
-    x_dtype, w_dtype, sums = form.dtypes
+    (x_dtype, w_dtype, y_dtype), sums = form.dtypes, form.sums
     x, w, y = _by_role(kind, operands)
     batch = (x if y is None else y).shape[0]
     name = form.implementation if form.implementation != "auto" else choose(kind, platform, form, batch)
     lowering = LOWERINGS[name]
-    shapes = (form.inputs_shape(batch), form.kernel_shape(), form.outputs_shape(batch))
-    static = {
-        "groups": form.groups,
-        "precision": form.precision,
-        "accumulate": sums,
-        "tile_bytes": tile_bytes(platform, *shapes, itemsize=sums.itemsize),
-    }
+    room = room_for(platform, form, batch)
+    static = {"groups": form.groups, "precision": form.precision, "accumulate": sums, "tile_bytes": room}
     if not jnp.issubdtype(sums, jnp.floating) or not jnp.issubdtype(x_dtype, jnp.floating):
         operands = tuple(operand.astype(sums) for operand in operands)  # the libraries mix no other kinds
         x, w, y = _by_role(kind, operands)
     if kind == "outputs":
-        return lowering.outputs(x, w, form.geometry, **static).astype(sums)
+        return lowering.outputs(x, w, form.geometry, **static, result=y_dtype).astype(y_dtype)
     if kind == "tangent":
         dx, dw = operands[:2]
-        terms = [lowering.outputs(*pair, form.geometry, **static).astype(sums) for pair in ((dx, w), (x, dw))]
-        return terms[0] + terms[1]
+        terms = [lowering.outputs(*pair, form.geometry, **static, result=sums) for pair in ((dx, w), (x, dw))]
+        return (terms[0] + terms[1]).astype(y_dtype)
     gradients = lowering.gradients(x, w, y, form.geometry, form.channels, **static)
     found = [g.astype(dtype) for g, dtype in zip(gradients, (x_dtype, w_dtype), strict=True) if g is not None]
     return found if kind == "gradients" else found[0]

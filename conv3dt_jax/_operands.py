@@ -66,7 +66,7 @@ def check_size(geometry: Geometry, shape: tuple[int, ...], filters: int, dtype: 
         )
 
 
-def result_dtypes(spec: Conv3DTransposeSpec, inputs: jax.Array, kernel: jax.Array) -> tuple[np.dtype, np.dtype]:
+def result_dtypes(spec: Conv3DTransposeSpec, inputs: Any, kernel: Any) -> tuple[np.dtype, np.dtype]:
     """``(dtype of the sums, dtype of the result)``.
 
     16-bit floats are summed in float32 and returned in their own dtype; integers narrower than 32 bits are summed and

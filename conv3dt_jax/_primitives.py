@@ -37,7 +37,8 @@ Shape = tuple[Any, ...]
 class Form:
     """What the three directions have in common; static and hashable.
 
-    ``dtypes`` are those of the inputs, the kernel and the outputs (the sums). Channels and filters count all groups.
+    ``dtypes`` are those of the inputs, the kernel and the outputs, ``sums`` that of the sums before they are rounded to
+    the outputs'. Channels and filters count all groups.
     """
 
     geometry: Geometry
@@ -45,6 +46,7 @@ class Form:
     filters: int
     groups: int
     dtypes: tuple[np.dtype, np.dtype, np.dtype]
+    sums: np.dtype
     precision: lax.PrecisionLike
     implementation: str
 

@@ -292,7 +292,8 @@ def _compute(
         if spec.data_format == "channels_first":
             inputs = jnp.moveaxis(inputs, -4, -1)
         inputs = inputs.reshape(-1 if len(batch) != 1 else batch[0], *spatial, channels)
-        outputs = _lower(inputs, kernel, spec, geometry, sums).reshape(shape)
+        rounded = result if bias is None else sums  # with a bias: once, after it
+        outputs = _lower(inputs, kernel, spec, geometry, sums, rounded).reshape(shape)
     if bias is not None:
         outputs = outputs + bias.astype(sums).reshape((1,) * (outputs.ndim - 1) + bias.shape)
     outputs = outputs.astype(result)
@@ -300,14 +301,20 @@ def _compute(
 
 
 def _lower(
-    inputs: jax.Array, kernel: jax.Array, spec: Conv3DTransposeSpec, geometry: Geometry, sums: np.dtype
+    inputs: jax.Array,
+    kernel: jax.Array,
+    spec: Conv3DTransposeSpec,
+    geometry: Geometry,
+    sums: np.dtype,
+    result: np.dtype,
 ) -> jax.Array:
     form = _primitives.Form(
         geometry=geometry,
         channels=inputs.shape[-1],
         filters=spec.filters,
         groups=spec.groups,
-        dtypes=(inputs.dtype, kernel.dtype, sums),
+        dtypes=(inputs.dtype, kernel.dtype, result),
+        sums=sums,
         precision=spec.precision,
         implementation=spec.implementation,
     )

@@ -59,8 +59,8 @@ def test_auto_follows_its_rule(platform, kwargs, primitive) -> None:
 
 def form(kernel, strides, channels, filters, space=(8, 8, 8)):
     spec = _spec.Conv3DTransposeSpec(filters, kernel, strides)
-    dtypes = (np.dtype("float32"),) * 3
-    return _primitives.Form(spec.geometry(space), channels, filters, 1, dtypes, None, "auto")
+    dtype = np.dtype("float32")
+    return _primitives.Form(spec.geometry(space), channels, filters, 1, (dtype,) * 3, dtype, None, "auto")
 
 
 def test_auto_on_cpu_writes_products_where_filters_are_few_and_gathers_patches_where_they_are_many() -> None:

@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(c3t.__file__).parent
 FLOORS = [
     {"_geometry", "_identifiers"},
     {"_arguments"},
-    {"_activations", "_initializers", "_keras_config"},
+    {"_activations", "_initializers", "_keras_config", "lowerings._work"},
     {
         "lowerings._blocks",
         "lowerings._contract",
@@ -29,7 +29,7 @@ FLOORS = [
     {"_operands", "lowerings"},
     {"_choice"},
     {"_primitives"},
-    {"_batching"},
+    {"_batching", "_explain"},
     {"functional"},
     {"_layer"},
     {"linen"},

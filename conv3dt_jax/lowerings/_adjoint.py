@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings import _blocks, _tiles
+from conv3dt_jax.lowerings._work import Call, Work
 
 SHORT_RUN = 3
 """Filters below which patches are stored tap by tap, since runs of so few values cannot be copied as blocks."""
@@ -104,6 +105,16 @@ def gradients(
         dw = _unorder(dw, geometry, each_f, each_c)
         dw = _blocks.join_kernel(dw, groups, filters, channels)
     return dx, dw
+
+
+def work(call: Call) -> Work:
+    """The patches of all cells, twice (cut out, then side by side), and both products with them."""
+    blocks = _blocks.count(call.groups, call.channels, call.filters)
+    inputs = call.batch * math.prod(axis.n for axis in call.geometry)
+    gathered = inputs * math.prod(axis.k for axis in call.geometry) * call.filters
+    kernel = math.prod(axis.k for axis in call.geometry) * call.channels * call.filters // blocks
+    room = min(2 * gathered * call.itemsize, 2 * call.tile_bytes)
+    return Work(2 * gathered * call.channels // blocks, gathered, room + 2 * kernel * call.itemsize)
 
 
 def _unwrap(cotangent: jax.Array, dim: int, axis: Axis) -> jax.Array:

@@ -80,6 +80,7 @@ def walk(
     blocks: int,
     spans: Sequence[_tiles.Span],
     dtype: Any,
+    result: Any,
     compute: Callable[[jax.Array, Any], list[Part]],
 ) -> jax.Array:
     """``(N, D, H, W, C)`` to ``(N, *out, F)``: ``compute(slab, group)`` gives the phases of a block of cells.
@@ -92,21 +93,19 @@ def walk(
       blocks: blocks of groups, see `_blocks`.
       spans: of batch, groups, depth and height.
       dtype: of the sums.
+      result: dtype of the result.
       compute: takes the inputs ``(n, d + span, h + span, W + span, C / blocks)`` that a block of cells needs.
     """
     depth, height, width = geometry
     each_c, each_f = inputs.shape[-1] // blocks, filters // blocks
-    if (
-        any(axis.wraps for axis in geometry)
-        or 2 * math.prod(inputs.shape[1:]) <= _size(geometry) * filters
-    ):
+    if any(axis.wraps for axis in geometry) or 2 * math.prod(inputs.shape[1:]) <= _size(geometry) * filters:
         inputs, offsets = extend(inputs, geometry), [0, 0, 0]
     else:  # padding all of it would cost more than padding every block
         offsets = [-shifts(axis)[-1] for axis in geometry]
     space = (spans[2].length, depth.s, spans[3].length, height.s, width.out - crop)
     walked = (spans[2], spans[3], _tiles.Span(cells(width), cells(width)))
 
-    def body(starts: list[Any], result: jax.Array) -> jax.Array:
+    def body(starts: list[Any], outputs: jax.Array) -> jax.Array:
         sample, group, *corner = starts
         windows = [
             _tiles.Window.of(spans[0], sample),
@@ -119,9 +118,10 @@ def walk(
         slab = _tiles.read(inputs, windows).astype(dtype)
         for part, (d0, h0) in compute(slab, group):
             place = (sample, corner[0], d0, corner[1], h0, 0, group * each_f)
-            result = part if part.shape == result.shape else _tiles.put(result, part, place)
-        return result
+            part = part.astype(result)
+            outputs = part if part.shape == outputs.shape else _tiles.put(outputs, part, place)
+        return outputs
 
-    result = _tiles.for_each_tile(spans, body, jnp.zeros((inputs.shape[0], *space, filters), dtype))
-    result = result.reshape(result.shape[0], math.prod(space[:2]), math.prod(space[2:4]), space[4], filters)
-    return result[:, : depth.out, : height.out]
+    outputs = _tiles.for_each_tile(spans, body, jnp.zeros((inputs.shape[0], *space, filters), result))
+    outputs = outputs.reshape(outputs.shape[0], math.prod(space[:2]), math.prod(space[2:4]), space[4], filters)
+    return outputs[:, : depth.out, : height.out]

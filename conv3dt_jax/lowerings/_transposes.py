@@ -22,13 +22,20 @@ def transposes(
     **static: Any,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """The gradient for the inputs (where ``kernel`` is given) and for the kernel (where ``inputs`` is given)."""
-    dx = dw = None
     batch, *_, filters = cotangent.shape
+    static = {"geometry": geometry, "groups": groups, **static}
+
+    def transposed(linear: Callable[[jax.Array], jax.Array], operand: jax.ShapeDtypeStruct) -> jax.Array:
+        sums = jax.eval_shape(linear, operand).dtype
+        (gradient,) = jax.linear_transpose(linear, operand)(cotangent.astype(sums))
+        return gradient
+
+    dx = dw = None
     if kernel is not None:
         x = jax.ShapeDtypeStruct((batch, *(axis.n for axis in geometry), channels), kernel.dtype)
-        (dx,) = jax.linear_transpose(lambda x: outputs(x, kernel, geometry, groups=groups, **static), x)(cotangent)
+        dx = transposed(lambda x: outputs(x, kernel, **static), x)
     if inputs is not None:
         window = (axis.k for axis in geometry)
         w = jax.ShapeDtypeStruct((*window, filters // groups, channels), inputs.dtype)
-        (dw,) = jax.linear_transpose(lambda w: outputs(inputs, w, geometry, groups=groups, **static), w)(cotangent)
+        dw = transposed(lambda w: outputs(inputs, w, **static), w)
     return dx, dw

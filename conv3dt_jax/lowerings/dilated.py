@@ -10,6 +10,7 @@ Less padding crops: ``ke - 1 - lo`` zeros in front keep ``y_full`` from ``lo`` o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings._transposes import transposes
+from conv3dt_jax.lowerings._work import Call, Work
 
 _DIMENSION_NUMBERS = ("NDHWC", "DHWOI", "NDHWC")
 
@@ -38,9 +40,10 @@ def outputs(
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
     tile_bytes: int = 0,
+    result: DTypeLike | None = None,
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)`` of dtype ``accumulate``."""
-    del tile_bytes  # XLA has blocks of its own
+    del tile_bytes, result  # XLA has blocks of its own; it rounds at the end
     paddings, windows = zip(*map(_split_crop, geometry), strict=True)
     outputs = lax.conv_general_dilated(
         inputs,
@@ -57,6 +60,15 @@ def outputs(
     for dim, (axis, (low, high)) in enumerate(zip(geometry, windows, strict=True), start=1):
         outputs = _fold(outputs, dim, axis) if axis.wraps else _crop(outputs, dim, low, high)
     return outputs
+
+
+def work(call: Call, *, gradient: bool) -> Work:
+    """The multiply-adds of the definition; XLA keeps no temporary of its own where it can help it."""
+    inputs = call.batch * math.prod(axis.n for axis in call.geometry)
+    taps = math.prod(axis.k for axis in call.geometry)
+    multiply_adds = inputs * taps * call.channels * call.filters // call.groups
+    kernel = taps * call.channels * call.filters // call.groups
+    return Work(multiply_adds * (2 if gradient else 1), 0, kernel * call.itemsize)
 
 
 def gradients(

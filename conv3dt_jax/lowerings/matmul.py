@@ -27,6 +27,10 @@ from conv3dt_jax.lowerings._cells import Part, cells, shifts, span, walk
 from conv3dt_jax.lowerings._contract import contract
 from conv3dt_jax.lowerings._depth_to_space import depth_to_space
 from conv3dt_jax.lowerings._transposes import transposes
+from conv3dt_jax.lowerings._work import Call, Work
+
+SHORT_RUN = 6
+"""Neighbouring values below which a block's products are laid out one by one, at five times the cost."""
 
 WHOLE = 20 << 20
 """Bytes of products up to which there are no blocks where products are few: a block copies its inputs first."""
@@ -38,14 +42,27 @@ def refusal(geometry: Geometry) -> str | None:
     return None
 
 
-def in_blocks(geometry: Geometry, batch: Any, channels: int, filters: int, itemsize: int, tile_bytes: int) -> bool:
+def in_blocks(call: Call) -> bool:
     """Whether the products are too many to be made all at once."""
-    if not all(isinstance(axis.out, int) for axis in geometry):
-        return False
-    products = math.prod(axis.k for axis in geometry) * filters
-    held = products * math.prod(axis.n for axis in geometry) * (batch if isinstance(batch, int) else 1) * itemsize
-    few = products < channels or not any(axis.overlaps for axis in geometry)
-    return held > max(tile_bytes, WHOLE if few else 0)
+    products = math.prod(axis.k for axis in call.geometry) * call.filters
+    held = products * call.batch * math.prod(axis.n for axis in call.geometry) * call.itemsize
+    few = products < call.channels or not any(axis.overlaps for axis in call.geometry)
+    return held > max(call.tile_bytes, WHOLE if few else 0)
+
+
+def work(call: Call, *, gradient: bool) -> Work:
+    """One product for every input, tap and filter, each laid out and added; a transposed copy, and the sums so far."""
+    inputs = call.batch * math.prod(axis.n for axis in call.geometry)
+    products = inputs * math.prod(axis.k for axis in call.geometry) * call.filters
+    multiply_adds = products * call.channels // call.groups
+    values, held = products, products * call.itemsize
+    if gradient:
+        return Work(2 * multiply_adds, 2 * values, 3 * held)
+    if in_blocks(call):
+        held = min(held, call.tile_bytes)
+        if call.geometry[2].s * call.filters < SHORT_RUN:
+            values *= 5
+    return Work(multiply_adds, values, 3 * held)
 
 
 def outputs(
@@ -57,11 +74,13 @@ def outputs(
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
     tile_bytes: int,
+    result: DTypeLike | None = None,
 ) -> jax.Array:
-    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``."""
-    itemsize = jnp.dtype(accumulate).itemsize
-    if in_blocks(geometry, inputs.shape[0], inputs.shape[-1], kernel.shape[3] * groups, itemsize, tile_bytes):
-        return _by_block(inputs, kernel, geometry, groups, precision, accumulate, tile_bytes)
+    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``, of dtype ``result``."""
+    batch = inputs.shape[0] if isinstance(inputs.shape[0], int) else 1
+    sizes = (inputs.shape[-1], kernel.shape[3] * groups, groups, jnp.dtype(accumulate).itemsize, tile_bytes)
+    if all(isinstance(axis.out, int) for axis in geometry) and in_blocks(Call(geometry, batch, *sizes)):
+        return _by_block(inputs, kernel, geometry, groups, precision, accumulate, tile_bytes, result)
     *space, channels = inputs.shape
     *window, filters, _ = kernel.shape
     pieces = inputs.reshape(*space, 1, groups, channels // groups)
@@ -78,6 +97,7 @@ def _by_block(
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
     tile_bytes: int,
+    result: DTypeLike | None,
 ) -> jax.Array:
     """The same for one block of cells after the other; where blocks meet, a few products are made twice."""
     dtype = _tiles.widest(accumulate, inputs, kernel)
@@ -99,7 +119,7 @@ def _by_block(
         shape = (spans[0].block, spans[2].block, geometry[0].s, spans[3].block, geometry[1].s)
         return [(outputs.reshape(*shape, *outputs.shape[3:]), (0, 0))]
 
-    return walk(inputs, geometry, 0, filters, blocks, spans, dtype, compute)
+    return walk(inputs, geometry, 0, filters, blocks, spans, dtype, dtype if result is None else result, compute)
 
 
 def _local(axis: Axis, block: int | None) -> Axis:

@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings import _adjoint, _blocks, _tiles
 from conv3dt_jax.lowerings._cells import Part, cells, runs, shifts, walk
+from conv3dt_jax.lowerings._work import Call, Work
 
 gradients = _adjoint.gradients
 
@@ -57,8 +58,9 @@ def outputs(
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
     tile_bytes: int,
+    result: DTypeLike | None = None,
 ) -> jax.Array:
-    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``."""
+    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``, of dtype ``result``."""
     dtype = _tiles.widest(accumulate, inputs, kernel)
     width, early = aligned(geometry[2])
     depth, height, _ = geometry = (*geometry[:2], width)
@@ -85,7 +87,28 @@ def outputs(
             parts.append((part[..., early : width.out, :], (d0, h0)))
         return parts
 
-    return walk(inputs, geometry, early, filters, blocks, spans, dtype, compute)
+    return walk(inputs, geometry, early, filters, blocks, spans, dtype, dtype if result is None else result, compute)
+
+
+def work(call: Call, *, gradient: bool) -> Work:
+    """The gathered shifts, twice (cut out, then side by side), and the multiply-adds with the zeros of the width."""
+    if gradient:
+        return _adjoint.work(call)
+    width, _ = aligned(call.geometry[2])
+    depth, height = call.geometry[:2]
+    windows = call.batch * math.prod(map(cells, (depth, height, width)))
+    blocks = _blocks.count(call.groups, call.channels, call.filters)
+    each = call.channels * call.filters // blocks
+    gathered = multiply_adds = matrices = largest = 0
+    for (d0, d1), (h0, h1) in itertools.product(runs(depth), runs(height)):
+        here = len(shifts(depth, range(d0, d1))) * len(shifts(height, range(h0, h1))) * len(shifts(width))
+        written = (d1 - d0) * (h1 - h0) * width.s
+        gathered += windows * here * call.channels
+        multiply_adds += windows * here * written * each
+        matrices += here * written * each
+        largest = max(largest, 2 * here * call.channels + 2 * written * call.filters)
+    room = min(windows * largest * call.itemsize, 2 * call.tile_bytes)
+    return Work(multiply_adds, gathered, room + 2 * matrices * call.itemsize)
 
 
 def pieces(geometry: Geometry, *, gradient: bool) -> int:

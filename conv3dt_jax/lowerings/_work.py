@@ -1,0 +1,37 @@
+"""What a lowering does for one call, in numbers: the basis of the choice between them and of `explain`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from conv3dt_jax._geometry import Geometry
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The sizes of one call. Channels and filters count all groups; a symbolic batch counts as one sample."""
+
+    geometry: Geometry
+    batch: int
+    channels: int
+    filters: int
+    groups: int
+    itemsize: int
+    tile_bytes: int
+
+    @classmethod
+    def of(cls, form: Any, batch: Any, tile_bytes: int) -> Call:
+        samples = batch if isinstance(batch, int) else 1
+        return cls(
+            form.geometry, samples, form.channels, form.filters, form.groups, form.sums.itemsize, tile_bytes
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Multiply-adds, values that pass through the cache on the way, and the bytes of all temporaries at their most."""
+
+    multiply_adds: int
+    values: int
+    temporary_bytes: int

@@ -1,0 +1,88 @@
+"""`explain` tells the truth: against what is lowered, and against XLA's own analyses."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import conv3dt_jax as c3t
+
+FLOPS_FACTOR, BYTES_FACTOR = 2.0, 3.5
+"""XLA also counts additions that lay out the products; it shares buffers as it can, and copies where it must."""
+
+# (batch, channels, filters, space, kernel, strides, groups); each small enough to be one block, whose loop XLA's
+# analysis would count once however often it runs.
+CALLS = {
+    "no_overlap": (1, 8, 8, 8, 2, 2, 1), "overlap": (1, 16, 16, 4, 3, 2, 1), "stride_one": (1, 8, 16, 6, 3, 1, 1),
+    "one_filter": (1, 32, 1, 4, 3, 2, 1), "uneven": (1, 8, 8, 5, 5, 3, 1), "groups": (1, 16, 16, 4, 3, 2, 2),
+    "batch": (4, 8, 8, 4, 4, 2, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", ["auto", "matmul", "phases"])
+@pytest.mark.parametrize("name", CALLS)
+def test_work_is_what_xla_counts(name: str, implementation: str, capsys) -> None:
+    batch, channels, filters, space, k, s, groups = CALLS[name]
+    spec = c3t.Conv3DTransposeSpec(
+        filters, k, s, padding="same", groups=groups, use_bias=False, implementation=implementation
+    )
+    shape = (batch, space, space, space, channels)
+    explained = c3t.explain(shape, spec, platforms=["cpu"])
+    x, w = jnp.ones(shape), jnp.ones(spec.kernel_shape(channels))
+    compiled = jax.jit(lambda x, w: c3t.apply({"kernel": w}, x, spec)).lower(x, w).compile()
+    plan = explained.forward["cpu"]
+    assert 1 / FLOPS_FACTOR < compiled.cost_analysis()["flops"] / (2 * plan.multiply_adds) < FLOPS_FACTOR
+    measured = compiled.memory_analysis().temp_size_in_bytes
+    assert 1 / BYTES_FACTOR < measured / plan.temporary_bytes < BYTES_FACTOR
+    assert plan.multiply_adds >= explained.multiply_adds
+    assert explained.output_shape == compiled.out_info.shape
+    assert capsys.readouterr().out == f"{explained}\n"
+
+
+def test_the_numbers_of_the_definition() -> None:
+    spec = c3t.Conv3DTransposeSpec(filters=6, kernel_size=(1, 2, 3), strides=2, groups=2)
+    explained = c3t.explain((2, 3, 4, 5, 8), spec, dtype="bfloat16")
+    assert explained.multiply_adds == 2 * 3 * 4 * 5 * 1 * 2 * 3 * 8 * 6 // 2
+    assert explained.kernel_shape == (1, 2, 3, 3, 8)
+    assert explained.output_shape == (2, *c3t.output_shape((2, 3, 4, 5, 8), (1, 2, 3, 3, 8), strides=2, groups=2)[1:])
+    assert explained.input_bytes == 2 * math.prod(explained.input_shape)
+    assert explained.kernel_bytes == 2 * math.prod(explained.kernel_shape)
+    assert explained.output_bytes == 2 * math.prod(explained.output_shape)
+    assert list(explained.forward) == list(explained.gradients) == ["cpu", "cuda", "tpu"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "strides", "dtype", "want"),
+    [
+        (2, 2, "float32", {"cpu": "matmul", "cuda": "matmul", "tpu": "matmul"}),
+        (3, 2, "float32", {"cpu": "phases", "cuda": "dilated", "tpu": "dilated"}),
+        (3, 2, "int32", {"cpu": "phases", "cuda": "phases", "tpu": "phases"}),
+    ],
+)
+def test_every_platform_has_its_lowering_and_a_reason(kernel, strides, dtype, want) -> None:
+    spec = c3t.Conv3DTransposeSpec(8, kernel, strides, padding="same")
+    explained = c3t.explain((1, 8, 8, 8, 8), spec, dtype=dtype)
+    assert {platform: plan.lowering for platform, plan in explained.forward.items()} == want
+    assert all(plan.reason for plan in (*explained.forward.values(), *explained.gradients.values()))
+
+
+def test_a_named_lowering_and_an_empty_batch_are_said_to_be_so() -> None:
+    spec = c3t.Conv3DTransposeSpec(8, 3, 2, implementation="dilated")
+    plan = c3t.explain((1, 4, 4, 4, 8), spec).forward["cpu"]
+    assert (plan.lowering, plan.reason) == ("dilated", "named by `implementation`")
+    assert c3t.explain((0, 4, 4, 4, 8), spec).forward["cpu"].multiply_adds == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "error", "message"),
+    [
+        (((1, 4, 4, 4, 8), "spec"), {}, TypeError, "`spec` must be a Conv3DTransposeSpec"),
+        (((1, 4, 4, 4, 8), c3t.Conv3DTransposeSpec(8, 3)), {"platforms": ["gpu"]}, ValueError, "platforms"),
+        (((4, 4), c3t.Conv3DTransposeSpec(8, 3)), {}, ValueError, "rank"),
+        (((1, 4, 4, 4, 7), c3t.Conv3DTransposeSpec(8, 3, groups=2)), {}, ValueError, "groups"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, keywords, error, message) -> None:
+    with pytest.raises(error, match=message):
+        c3t.explain(*arguments, **keywords)
