@@ -110,7 +110,7 @@ def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
         dx, dw = operands[:2]
         terms = [lowering.outputs(*pair, form.geometry, **static, result=sums) for pair in ((dx, w), (x, dw))]
         return (terms[0] + terms[1]).astype(y_dtype)
-    gradients = lowering.gradients(x, w, y, form.geometry, form.channels, **static)
+    gradients = lowering.gradients(x, w, y, form.geometry, form.channels, **static, result=x_dtype)
     found = [g.astype(dtype) for g, dtype in zip(gradients, (x_dtype, w_dtype), strict=True) if g is not None]
     return found if kind == "gradients" else found[0]
 

@@ -37,6 +37,7 @@ def gradients(
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
     tile_bytes: int,
+    result: DTypeLike | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """The gradient for the inputs (where ``kernel`` is given) and for the kernel (where ``inputs`` is given).
 
@@ -50,11 +51,15 @@ def gradients(
       precision: see `jax.lax.dot_general`.
       accumulate: dtype of the sums and of the results, unless an operand's is wider.
       tile_bytes: see `_tiles.plan`.
+      result: dtype of the gradient for the inputs, where it is rounded at once.
 
     Returns:
       ``(N, D, H, W, C)`` or None, and ``(kd, kh, kw, F / G, C)`` or None.
     """
-    dtype = _tiles.widest(accumulate, cotangent, *(a for a in (inputs, kernel) if a is not None))
+    operands = [a for a in (inputs, kernel, cotangent) if a is not None]
+    dtype, sums = _tiles.operand_dtype(accumulate, *operands), _tiles.widest(accumulate, *operands)
+    dx_dtype = sums if result is None else result
+    static: dict[str, Any] = {"precision": precision, "preferred_element_type": sums}
     batch, *_, filters = cotangent.shape
     space = tuple(axis.n for axis in geometry)
     for dim, axis in enumerate(geometry, start=1):
@@ -82,24 +87,26 @@ def gradients(
         if matrix is not None:
             weights = lax.dynamic_index_in_dim(matrix, block, keepdims=False)
             contract = ((0,), (0,)) if transposed else ((1,), (0,))
-            part = lax.dot_general(patches, weights, (contract, ((), ())), precision=precision)
-            part = part.reshape(cells)
+            part = lax.dot_general(patches, weights, (contract, ((), ())), **static)
+            part = _tiles.bits(part.reshape(cells).astype(dx_dtype))
             dx = part if part.shape == dx.shape else _tiles.put(dx, part, corner)
         if inputs is not None:
-            x = _tiles.cut(inputs, corner, cells).astype(dtype)
+            x = _tiles.values(_tiles.cut(_tiles.bits(inputs), corner, cells), inputs.dtype).astype(dtype)
             x = _once(x, walked, (sample, depth, height)).reshape(-1, each_c)
             if transposed:
-                part = lax.dot_general(patches, x, (((1,), (0,)), ((), ())), precision=precision)
+                part = lax.dot_general(patches, x, (((1,), (0,)), ((), ())), **static)
             else:  # the long side last: twice as fast as its transpose
-                part = lax.dot_general(x, patches, (((0,), (0,)), ((), ())), precision=precision)
+                part = lax.dot_general(x, patches, (((0,), (0,)), ((), ())), **static)
             old = lax.dynamic_index_in_dim(dw, block, keepdims=False)
             dw = lax.dynamic_update_index_in_dim(dw, old + part, block, 0)
         return dx, dw
 
-    dx = None if matrix is None else jnp.zeros((batch, *space, channels), dtype)
+    dx = None if matrix is None else _tiles.bits(jnp.zeros((batch, *space, channels), dx_dtype))
     shape = (columns, each_c) if transposed else (each_c, columns)
-    dw = None if inputs is None else jnp.zeros((blocks, *shape), dtype)
+    dw = None if inputs is None else jnp.zeros((blocks, *shape), sums)
     dx, dw = _tiles.for_each_tile(spans, body, (dx, dw))
+    if dx is not None:
+        dx = _tiles.values(dx, dx_dtype)
     if dw is not None:
         dw = dw if transposed else dw.swapaxes(1, 2)
         dw = _unorder(dw, geometry, each_f, each_c)
@@ -160,7 +167,9 @@ def _patches(
         windows.append(_tiles.Window.of(span, start, scale=axis.s, offset=-lo, extent=extent))
     many = cotangent.shape[-1] - filters
     windows.append(_tiles.Window(block * filters, filters, 0, many))
-    slab = _tiles.read(cotangent, windows).astype(dtype)
+    slab = _tiles.read(_tiles.bits(cotangent), windows)
+    if cotangent.dtype != dtype:
+        slab = _tiles.values(slab, cotangent.dtype).astype(dtype)
     # Axes without overlap: (n * s) -> (n, k), the taps moved to the end; those with overlap: one slice per tap.
     cells = [spans[0].block, *(span.block for span in axes)]
     shape: list[int] = [slab.shape[0]]
@@ -184,5 +193,5 @@ def _patches(
         pieces.append(lax.slice(piece, (*offsets, 0), (*limits, piece.shape[-1]), (*strides, 1)))
     rows = math.prod(cells)
     if transposed:
-        return jnp.concatenate([piece.reshape(rows, -1).T for piece in pieces], 0)
-    return jnp.concatenate(pieces, -1).reshape(rows, -1)
+        return _tiles.values(jnp.concatenate([piece.reshape(rows, -1).T for piece in pieces], 0), dtype)
+    return _tiles.values(jnp.concatenate(pieces, -1).reshape(rows, -1), dtype)

@@ -92,11 +92,13 @@ def walk(
       filters: F.
       blocks: blocks of groups, see `_blocks`.
       spans: of batch, groups, depth and height.
-      dtype: of the sums.
+      dtype: of the inputs that ``compute`` gets.
       result: dtype of the result.
-      compute: takes the inputs ``(n, d + span, h + span, W + span, C / blocks)`` that a block of cells needs.
+      compute: takes the inputs ``(n, d + span, h + span, W + span, C / blocks)`` that a block of cells needs. It gets
+        and gives bfloat16 as `_tiles.bits`.
     """
     depth, height, width = geometry
+    given, inputs = inputs.dtype, _tiles.bits(inputs)
     each_c, each_f = inputs.shape[-1] // blocks, filters // blocks
     if any(axis.wraps for axis in geometry) or 2 * math.prod(inputs.shape[1:]) <= _size(geometry) * filters:
         inputs, offsets = extend(inputs, geometry), [0, 0, 0]
@@ -115,13 +117,15 @@ def walk(
             ),
             _tiles.Window(group * each_c, each_c, 0, inputs.shape[-1] - each_c),
         ]
-        slab = _tiles.read(inputs, windows).astype(dtype)
+        slab = _tiles.read(inputs, windows)
+        if given != dtype:
+            slab = _tiles.values(slab, given).astype(dtype)
         for part, (d0, h0) in compute(slab, group):
             place = (sample, corner[0], d0, corner[1], h0, 0, group * each_f)
-            part = part.astype(result)
             outputs = part if part.shape == outputs.shape else _tiles.put(outputs, part, place)
         return outputs
 
-    outputs = _tiles.for_each_tile(spans, body, jnp.zeros((inputs.shape[0], *space, filters), result))
+    empty = _tiles.bits(jnp.zeros((inputs.shape[0], *space, filters), result))
+    outputs = _tiles.values(_tiles.for_each_tile(spans, body, empty), result)
     outputs = outputs.reshape(outputs.shape[0], math.prod(space[:2]), math.prod(space[2:4]), space[4], filters)
     return outputs[:, : depth.out, : height.out]

@@ -83,6 +83,22 @@ def _block(length: Any, most: int) -> int:
     return -(-length // -(-length // most))
 
 
+def operand_dtype(accumulate: Any, *arrays: jax.Array) -> Any:
+    """The dtype of a product's operands: that of the sums; but bfloat16 stays, its products are exact, and faster."""
+    narrow = jnp.dtype(accumulate) == jnp.float32 and all(array.dtype == jnp.bfloat16 for array in arrays)
+    return jnp.dtype(jnp.bfloat16) if narrow else widest(accumulate, *arrays)
+
+
+def bits(array: jax.Array) -> jax.Array:
+    """Bfloat16 as the integers behind it: XLA:CPU moves it through float32, so that a loop converts all it carries."""
+    return lax.bitcast_convert_type(array, jnp.uint16) if array.dtype == jnp.bfloat16 else array
+
+
+def values(array: jax.Array, dtype: Any) -> jax.Array:
+    """The inverse of `bits` for an array that was of this dtype."""
+    return lax.bitcast_convert_type(array, dtype) if dtype == jnp.bfloat16 else array
+
+
 def widest(accumulate: Any, *arrays: jax.Array) -> Any:
     """The dtype to compute in: that of the sums, or of an operand that is wider."""
     return max([jnp.dtype(accumulate), *(array.dtype for array in arrays)], key=lambda dtype: dtype.itemsize)

@@ -19,9 +19,11 @@ def transposes(
     channels: int,
     *,
     groups: int,
+    result: Any = None,
     **static: Any,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """The gradient for the inputs (where ``kernel`` is given) and for the kernel (where ``inputs`` is given)."""
+    del result  # XLA rounds at the end
     batch, *_, filters = cotangent.shape
     static = {"geometry": geometry, "groups": groups, **static}
 

@@ -100,13 +100,14 @@ def _by_block(
     result: DTypeLike | None,
 ) -> jax.Array:
     """The same for one block of cells after the other; where blocks meet, a few products are made twice."""
-    dtype = _tiles.widest(accumulate, inputs, kernel)
+    dtype, sums = _tiles.operand_dtype(accumulate, inputs, kernel), _tiles.widest(accumulate, inputs, kernel)
+    result = sums if result is None else result
     *window, filters, channels = kernel.shape
     filters *= groups
     blocks = _blocks.count(groups, channels, filters)
     matrices = _blocks.split_kernel(kernel.astype(dtype), groups).reshape(blocks, -1, channels // blocks)
     largest = max(math.prod(axis.k for axis in geometry), math.prod(axis.s for axis in geometry))
-    cell_bytes = largest * (filters // blocks) * dtype.itemsize
+    cell_bytes = largest * (filters // blocks) * sums.itemsize
     spans = _tiles.plan((inputs.shape[0], blocks, *map(cells, geometry)), cell_bytes, tile_bytes)
     axes = (spans[2].block, spans[3].block, None)
     depth, height, width = map(_local, geometry, axes)
@@ -114,12 +115,18 @@ def _by_block(
 
     def compute(slab: jax.Array, group: jax.Array | int) -> list[Part]:
         matrix = lax.dynamic_index_in_dim(matrices, group, keepdims=False)
-        taps = lax.dot_general(slab, matrix, (((4,), (1,)), ((), ())), precision=precision)
+        contract = (((4,), (1,)), ((), ()))
+        slab = _tiles.values(slab, dtype)
+        taps = lax.dot_general(slab, matrix, contract, precision=precision, preferred_element_type=sums)
+        if not any(axis.overlaps for axis in geometry):  # nothing to sum: the bits of the result at once
+            taps = _tiles.bits(taps.astype(result))
         outputs = _lay_out(taps.reshape(*taps.shape[:4], *window, filters // blocks), local)
+        if any(axis.overlaps for axis in geometry):
+            outputs = _tiles.bits(outputs.astype(result))
         shape = (spans[0].block, spans[2].block, geometry[0].s, spans[3].block, geometry[1].s)
         return [(outputs.reshape(*shape, *outputs.shape[3:]), (0, 0))]
 
-    return walk(inputs, geometry, 0, filters, blocks, spans, dtype, dtype if result is None else result, compute)
+    return walk(inputs, geometry, 0, filters, blocks, spans, dtype, result, compute)
 
 
 def _local(axis: Axis, block: int | None) -> Axis:

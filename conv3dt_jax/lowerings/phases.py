@@ -30,6 +30,7 @@ from conv3dt_jax.lowerings._cells import Part, cells, runs, shifts, walk
 from conv3dt_jax.lowerings._work import Call, Work
 
 gradients = _adjoint.gradients
+_LAST = (((1,), (1,)), ((), ()))
 
 
 def refusal(geometry: Geometry) -> str | None:
@@ -61,7 +62,8 @@ def outputs(
     result: DTypeLike | None = None,
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``, of dtype ``result``."""
-    dtype = _tiles.widest(accumulate, inputs, kernel)
+    dtype, sums = _tiles.operand_dtype(accumulate, inputs, kernel), _tiles.widest(accumulate, inputs, kernel)
+    result = sums if result is None else result
     width, early = aligned(geometry[2])
     depth, height, _ = geometry = (*geometry[:2], width)
     filters = kernel.shape[3] * groups
@@ -73,7 +75,9 @@ def outputs(
     gathered = math.prod(len(shifts(axis)) for axis in geometry) * each_c
     written = math.prod(axis.s for axis in geometry) * each_f
     count = [cells(axis) for axis in geometry]
-    spans = _tiles.plan((inputs.shape[0], blocks, *count), max(gathered, written) * dtype.itemsize, tile_bytes)
+    spans = _tiles.plan(
+        (inputs.shape[0], blocks, *count), max(gathered * dtype.itemsize, written * sums.itemsize), tile_bytes
+    )
 
     def compute(slab: jax.Array, group: jax.Array | int) -> list[Part]:
         parts = []
@@ -81,13 +85,15 @@ def outputs(
         for ((d0, d1), (h0, h1)), matrix in zip(products, matrices, strict=True):
             patches = _patches(slab, tile, geometry, range(d0, d1), range(h0, h1))
             matrix = lax.dynamic_index_in_dim(matrix, group, keepdims=False)
-            part = lax.dot_general(patches, matrix, (((1,), (1,)), ((), ())), precision=precision)
-            part = part.reshape(*tile, d1 - d0, h1 - h0, width.s, each_f).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+            patches = _tiles.values(patches, dtype)
+            part = lax.dot_general(patches, matrix, _LAST, precision=precision, preferred_element_type=sums)
+            part = _tiles.bits(part.astype(result)).reshape(*tile, d1 - d0, h1 - h0, width.s, each_f)
+            part = part.transpose(0, 1, 4, 2, 5, 3, 6, 7)
             part = part.reshape(*part.shape[:5], count[2] * width.s, each_f)
             parts.append((part[..., early : width.out, :], (d0, h0)))
         return parts
 
-    return walk(inputs, geometry, early, filters, blocks, spans, dtype, dtype if result is None else result, compute)
+    return walk(inputs, geometry, early, filters, blocks, spans, dtype, result, compute)
 
 
 def work(call: Call, *, gradient: bool) -> Work:
