@@ -5,15 +5,16 @@
 - GPU and TPU: `matmul` where nothing overlaps (every effective kernel <= its stride), one product and no work on zeros;
   `dilated` elsewhere, which their compilers hand to convolution hardware; integers and complex numbers, which those
   libraries do not take, go to `phases`.
-- CPU, where XLA runs a dilated convolution as a scalar loop: one of the matrix lowerings, by the cost rule below, for
-  the result; the gathered patches of `phases` for both gradients.
+- CPU, where XLA runs a dilated convolution as a scalar loop: one of the matrix lowerings, by the cost rule below. Both
+  gradients are those of `phases` or `winograd`; `winograd` is in question where float32 operands are summed in float32
+  at the default precision.
 - sizes that are not known when the operation is traced: `dilated`. Kernels of hundreds of overlapping taps would unroll
   `phases` into as many slices: `matmul` where its products are few, else `dilated`.
 
 The cost rule, in nanoseconds fitted on two cores of an x86 server, counts multiply-adds and the values that pass
-through the cache: ``0.005 * multiply_adds + 0.6 * products`` for `matmul`, which writes one product for every input,
-tap and filter, and ``0.005 * multiply_adds + 0.25 * gathered`` for `phases`, which gathers shifted inputs and
-multiplies some zeros.
+through the cache, ``0.005 * multiply_adds + VALUE * values``: for `matmul` one product for every input, tap and filter;
+for `phases` the gathered shifts of the inputs, while it multiplies some zeros; for `winograd` the transformed inputs
+and products, while it multiplies a third as often.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ import jax
 import jax.numpy as jnp
 
 from conv3dt_jax._geometry import Geometry
-from conv3dt_jax.lowerings import LOWERINGS, phases
+from conv3dt_jax.lowerings import LOWERINGS, phases, winograd
 from conv3dt_jax.lowerings._tiles import tile_bytes
 from conv3dt_jax.lowerings._work import Call
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
-MULTIPLY_ADD, VALUE = 0.005, {"matmul": 0.6, "phases": 0.25}
+MULTIPLY_ADD, VALUE = 0.005, {"matmul": 0.6, "phases": 0.25, "winograd": 0.3}
+
+FILTERED = (3, 64)
+"""Channels and filters of `winograd`: fewer make up short sums and more are summed in pieces, with less rounding."""
 
 _MOST_PIECES = 216
 """Slices that `phases` may write into the program; its compile time grows with them."""
@@ -63,19 +67,36 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         if math.prod(axis.k for axis in geometry) * form.filters // form.groups <= _MOST_PRODUCTS:
             return "matmul", "the kernel has too many overlapping taps to gather, and few products"
         return "dilated", "the kernel has too many overlapping taps to gather or to add up"
-    if not forward:
-        return "phases", "one gathering of patches serves both gradients"
-    if not overlaps:
+    if forward and not overlaps:
         return "matmul", "no outputs overlap: one product, no zeros"
-    room = room_for("cpu", form, batch)
-    costs = {name: cost(name, Call.of(form, batch, room)) for name in ("matmul", "phases")}
+    names = ["phases", *(["matmul"] if forward else []), *(["winograd"] if _may_filter(form) else [])]
+    if names == ["phases"]:
+        return "phases", "one gathering of patches serves both gradients"
+    call = Call.of(form, batch, room_for("cpu", form, batch))
+    costs = {name: cost(name, call, gradient=not forward) for name in names}
     name = min(costs, key=lambda name: costs[name])
     return name, " against ".join(f"{name} {ns / 1e6:.2g} ms" for name, ns in costs.items()) + " by the cost rule"
 
 
-def cost(name: str, call: Call) -> float:
-    """Nanoseconds for the result on a CPU, by the cost rule."""
-    work = LOWERINGS[name].work(call, gradient=False)
+def _may_filter(form: Any) -> bool:
+    """Whether `winograd` can do it, and its rounding stays within four times that of the direct sum."""
+    plain = all(dtype == jnp.float32 for dtype in (*form.dtypes, form.sums))
+    configured = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    asked = configured if form.precision is None else form.precision
+    default = asked in (None, "default", jax.lax.Precision.DEFAULT, (jax.lax.Precision.DEFAULT,) * 2)
+    few, many = sorted((form.channels // form.groups, form.filters // form.groups))
+    return (
+        plain
+        and default
+        and FILTERED[0] <= few
+        and many <= FILTERED[1]
+        and winograd.refusal(form.geometry, form.sums) is None
+    )
+
+
+def cost(name: str, call: Call, *, gradient: bool) -> float:
+    """Nanoseconds for the result, or both gradients, on a CPU, by the cost rule."""
+    work = LOWERINGS[name].work(call, gradient=gradient)
     return MULTIPLY_ADD * work.multiply_adds + VALUE[name] * work.values
 
 
@@ -85,9 +106,9 @@ def room_for(platform: str, form: Any, batch: Any) -> int:
     return tile_bytes(platform, *shapes, itemsize=form.sums.itemsize)
 
 
-def check_named(implementation: str, geometry: Geometry) -> None:
+def check_named(implementation: str, geometry: Geometry, sums: Any) -> None:
     """Raises the reason where the named lowering cannot take the geometry; it never falls back unseen."""
-    reason = LOWERINGS[implementation].refusal(geometry)
+    reason = LOWERINGS[implementation].refusal(geometry, sums)
     if reason is not None:
         raise NotImplementedError(f"`implementation={implementation!r}` cannot run this: {reason}; use 'auto'.")
 

@@ -9,7 +9,7 @@ from typing import Any
 from conv3dt_jax import _arguments as args
 from conv3dt_jax._geometry import AXIS_NAMES, Axis, Geometry, reachable_sizes, resolve_axis, resolve_axis_to_size
 
-IMPLEMENTATIONS = ("auto", "dilated", "matmul", "phases")
+IMPLEMENTATIONS = ("auto", "dilated", "matmul", "phases", "winograd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Conv3DTransposeSpec:
       precision: None, "default", "high", "highest", a `jax.lax.Precision`, or a pair of them.
       preferred_element_type: dtype of sums and result; None keeps the dtype of the inputs (at least 32 bits for
         integers) and sums 16-bit floats in float32.
-      implementation: "auto" or the name of a lowering: "dilated", "matmul", "phases".
+      implementation: "auto" or the name of a lowering: "dilated", "matmul", "phases", "winograd".
 
     Raises:
       TypeError: an argument of the wrong type (a float, a boolean or None for a size).

@@ -19,7 +19,7 @@ from conv3dt_jax._choice import check_named
 from conv3dt_jax._geometry import Geometry
 from conv3dt_jax._spec import Conv3DTransposeSpec
 
-Implementation = Literal["auto", "dilated", "matmul", "phases"]
+Implementation = Literal["auto", "dilated", "matmul", "phases", "winograd"]
 
 
 def conv3d_transpose(
@@ -81,8 +81,8 @@ def conv3d_transpose(
       preferred_element_type: dtype of the sums and the result. None keeps the inputs' dtype, at least 32 bits wide for
         integers; float16 and bfloat16 are summed in float32 and rounded once.
       output_size: the wanted ``(D, H, W)`` of the result, in place of ``output_padding``.
-      implementation: "auto", or a lowering by name: "dilated" (one `conv_general_dilated`), "matmul" or "phases". All
-        give the same result within rounding.
+      implementation: "auto", or a lowering by name: "dilated" (one `conv_general_dilated`), "matmul", "phases", or
+        "winograd" (stride 1 and 3 taps in height). All give the same result within rounding.
 
     Returns:
       ``(..., D', H', W', F)``, or ``(..., F, D', H', W')`` with "channels_first".
@@ -90,7 +90,7 @@ def conv3d_transpose(
     Raises:
       TypeError: an argument of the wrong type, or dtypes that differ.
       ValueError: a value out of range, shapes that do not fit, or padding that leaves no output.
-      NotImplementedError: a lowering chosen by name cannot take this geometry.
+      NotImplementedError: a lowering chosen by name cannot take this geometry or dtype.
 
     Example:
       >>> import jax.numpy as jnp
@@ -269,7 +269,7 @@ def run(
     geometry = spec.geometry(spatial, output_size, keras_rules=keras_rules)
     _operands.check_size(geometry, inputs.shape, spec.filters, sums)
     if spec.implementation != "auto":
-        check_named(spec.implementation, geometry)
+        check_named(spec.implementation, geometry, sums)
     return _compute(inputs, kernel, bias, spec=spec, geometry=geometry, sums=sums, result=result)
 
 

@@ -1,7 +1,7 @@
-"""The lowerings, by name. Each file has `lower` (the computation) and `refusal` (why it cannot, or None)."""
+"""The lowerings, by name. Each has `outputs`, `gradients`, `work` (what they cost) and `refusal` (why not, or None)."""
 
 from types import ModuleType
 
-from conv3dt_jax.lowerings import dilated, matmul, phases
+from conv3dt_jax.lowerings import dilated, matmul, phases, winograd
 
-LOWERINGS: dict[str, ModuleType] = {"dilated": dilated, "matmul": matmul, "phases": phases}
+LOWERINGS: dict[str, ModuleType] = {"dilated": dilated, "matmul": matmul, "phases": phases, "winograd": winograd}

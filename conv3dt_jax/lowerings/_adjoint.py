@@ -92,7 +92,7 @@ def gradients(
             dx = part if part.shape == dx.shape else _tiles.put(dx, part, corner)
         if inputs is not None:
             x = _tiles.values(_tiles.cut(_tiles.bits(inputs), corner, cells), inputs.dtype).astype(dtype)
-            x = _once(x, walked, (sample, depth, height)).reshape(-1, each_c)
+            x = _tiles.once(x, walked, (sample, depth, height), dims=(0, 1, 2)).reshape(-1, each_c)
             if transposed:
                 part = lax.dot_general(patches, x, (((1,), (0,)), ((), ())), **static)
             else:  # the long side last: twice as fast as its transpose
@@ -131,16 +131,6 @@ def _unwrap(cotangent: jax.Array, dim: int, axis: Axis) -> jax.Array:
     if padding[dim] == (0, 0):
         return cotangent
     return lax.optimization_barrier(jnp.pad(cotangent, padding, mode="wrap"))
-
-
-def _once(x: jax.Array, spans: Any, starts: Any) -> jax.Array:
-    """Zeros for the cells that an earlier block has added already."""
-    for dim, (span, start) in enumerate(zip(spans, starts, strict=True)):
-        if span.repeats and span.count > 1:
-            again = (span.count - 1) * span.block - (span.length - span.block)
-            first = jnp.where(start == span.length - span.block, again, 0)
-            x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, dim) >= first, x, 0)
-    return x
 
 
 def _tap_order(geometry: Geometry) -> list[int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-NARROW = 16
-"""Channels up to which groups are merged: narrower matrix products waste more than the zeros of a merged one."""
+NARROW, MOST = 32, 16
+"""Channels up to which groups are merged, and how many: narrower products waste more than the zeros of a merged one."""
 
 
 def merged(groups: int, channels: int, filters: int) -> int:
     """How many groups of ``channels`` inputs and ``filters`` outputs share a block."""
-    most = max(NARROW // max(channels, filters), 1)
+    most = max(min(NARROW // max(channels, filters), MOST), 1)
     return max(r for r in range(1, min(most, groups) + 1) if groups % r == 0)
 
 

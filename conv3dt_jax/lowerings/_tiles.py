@@ -122,6 +122,16 @@ def for_each_tile(spans: Sequence[Span], body: Callable[[list[Any], Any], Any], 
     return lax.fori_loop(0, total if isinstance(total, int) else jnp.asarray(total, jnp.int32), step, carry)
 
 
+def once(x: jax.Array, spans: Sequence[Span], starts: Sequence[Any], dims: Sequence[int]) -> jax.Array:
+    """Zeros for the cells of a block that an earlier one has added already."""
+    for dim, span, start in zip(dims, spans, starts, strict=True):
+        if span.repeats and span.count > 1:
+            again = (span.count - 1) * span.block - (span.length - span.block)
+            first = jnp.where(start == span.length - span.block, again, 0)
+            x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, dim) >= first, x, 0)
+    return x
+
+
 def cut(array: jax.Array, starts: Sequence[Any], sizes: Sequence[Any]) -> jax.Array:
     """`lax.dynamic_slice` with starts that may be integers and tracers side by side."""
     return lax.dynamic_slice(array, [jnp.asarray(start, jnp.int32) for start in starts], sizes)

@@ -25,9 +25,9 @@ from conv3dt_jax.lowerings._work import Call, Work
 _DIMENSION_NUMBERS = ("NDHWC", "DHWOI", "NDHWC")
 
 
-def refusal(geometry: Geometry) -> str | None:
-    """Says why this lowering cannot take the geometry; None where it can."""
-    del geometry
+def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
+    """Says why this lowering cannot take the geometry, or sums of this dtype; None where it can."""
+    del geometry, sums
     return None
 
 

@@ -36,9 +36,9 @@ WHOLE = 20 << 20
 """Bytes of products up to which there are no blocks where products are few: a block copies its inputs first."""
 
 
-def refusal(geometry: Geometry) -> str | None:
-    """Says why this lowering cannot take the geometry; None where it can."""
-    del geometry
+def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
+    """Says why this lowering cannot take the geometry, or sums of this dtype; None where it can."""
+    del geometry, sums
     return None
 
 

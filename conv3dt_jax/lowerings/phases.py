@@ -33,8 +33,9 @@ gradients = _adjoint.gradients
 _LAST = (((1,), (1,)), ((), ()))
 
 
-def refusal(geometry: Geometry) -> str | None:
-    """Says why this lowering cannot take the geometry; None where it can."""
+def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
+    """Says why this lowering cannot take the geometry, or sums of this dtype; None where it can."""
+    del sums
     if not all(isinstance(axis.out, int) for axis in geometry):
         return "it cuts the input into blocks and needs spatial sizes that are known when it is traced"
     return None

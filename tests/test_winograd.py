@@ -1,0 +1,141 @@
+"""`winograd`: the defined result and gradients with fewer products, within four times the rounding of the direct sum."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax import export
+
+import conv3dt_jax as c3t
+from conv3dt_jax import _choice, _primitives
+from tests import oracle
+
+
+@st.composite
+def calls(draw):
+    space = tuple(draw(st.integers(1, 11)) for _ in range(3))
+    window = (draw(st.sampled_from([3, 1])), 3, draw(st.integers(1, 4)))
+    dilation = tuple(draw(st.sampled_from([1, 2, 3])) for _ in range(3))
+    groups = draw(st.sampled_from([1, 2]))
+    channels, filters = draw(st.integers(1, 3)) * groups, draw(st.integers(1, 3)) * groups
+    padding = draw(st.sampled_from(["valid", "same", 1]))
+    if padding == 1:
+        padding = tuple(min(1, (k - 1) * d // 2) for k, d in zip(window, dilation, strict=True))
+    kwargs = {"padding": padding, "dilation_rate": dilation, "groups": groups}
+    return (draw(st.integers(1, 2)), *space, channels), (*window, filters // groups, channels), kwargs
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(call=calls(), seed=st.integers(0, 2**32 - 1))
+def test_value_and_gradients_are_those_of_the_definition(call, seed) -> None:
+    shape, kernel_shape, kwargs = call
+    rng = np.random.default_rng(seed)
+    x, w = rng.normal(size=shape), rng.normal(size=kernel_shape)
+    want = oracle.conv3d_transpose(x, w, **kwargs)
+    ct = rng.normal(size=want.shape)
+    want_gx, want_gw = oracle.vjp(x, w, ct, **kwargs)
+
+    def run(x, w, ct):
+        y, pullback = jax.vjp(lambda x, w: c3t.conv3d_transpose(x, w, implementation="winograd", **kwargs), x, w)
+        return y, *pullback(ct)
+
+    with jax.enable_x64(True):
+        y, gx, gw = jax.jit(run)(x, w, ct)
+    np.testing.assert_allclose(y, want, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(gx, want_gx, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(gw, want_gw, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("space", [(9, 30, 8), (32, 32, 32)])
+def test_volumes_of_many_blocks_are_seamless(space) -> None:
+    """Blocks that begin early do some tiles again: neither the result nor the kernel's gradient counts them twice."""
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(2, *space, 8)), rng.normal(size=(3, 3, 3, 4, 8))
+    want = oracle.conv3d_transpose(x, w, padding="same")
+    ct = rng.normal(size=want.shape)
+    want_gx, want_gw = oracle.vjp(x, w, ct, padding="same")
+    with jax.enable_x64(True):
+        run = lambda x, w: c3t.conv3d_transpose(x, w, padding="same", implementation="winograd")
+        y, pullback = jax.vjp(jax.jit(run), x, w)
+        gx, gw = pullback(jnp.asarray(ct))
+    np.testing.assert_allclose(y, want, atol=1e-10)
+    np.testing.assert_allclose(gx, want_gx, atol=1e-10)
+    np.testing.assert_allclose(gw, want_gw, atol=1e-8)
+
+
+@pytest.mark.parametrize(("channels", "filters"), [(8, 8), (32, 32), (64, 16)])
+def test_rounding_stays_within_four_times_that_of_the_direct_sum(channels, filters) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 12, 16, 16, channels)).astype(np.float32)
+    w = rng.normal(size=(3, 3, 3, filters, channels)).astype(np.float32)
+    want = oracle.conv3d_transpose(x, w, padding="same")
+    ct = rng.normal(size=want.shape).astype(np.float32)
+    wanted = (want, *oracle.vjp(x, w, ct, padding="same"))
+
+    def errors(implementation):
+        run = lambda x, w: c3t.conv3d_transpose(x, w, padding="same", implementation=implementation)
+        y, pullback = jax.vjp(run, x, w)
+        found = [np.asarray(got, np.float64) for got in (y, *pullback(ct))]
+        return [np.sqrt(np.mean((got - exact) ** 2)) for got, exact in zip(found, wanted, strict=True)]
+
+    for mine, direct in zip(errors("winograd"), errors("phases"), strict=True):
+        assert 0 < mine < 4 * direct
+
+
+def form(space=(32, 32, 32), channels=32, filters=32, dtype="float32", precision=None, **kwargs):
+    spec = c3t.Conv3DTransposeSpec(filters, kernel_size=3, padding="same", precision=precision, **kwargs)
+    dtype = np.dtype(dtype)
+    return _primitives.Form(
+        spec.geometry(space), channels, filters, 1, (dtype,) * 3, np.dtype("float32"), spec.precision, "auto"
+    )
+
+
+@pytest.mark.parametrize("kind", ["outputs", "inputs", "kernel", "gradients"])
+def test_auto_takes_it_for_float32_at_the_default_precision_only(kind) -> None:
+    choose = lambda **kwargs: _choice.choose(kind, "cpu", form(**kwargs), 1)
+    assert choose() == choose(precision="default") == choose(dilation_rate=2) == "winograd"
+    assert choose(precision="highest") == choose(dtype="bfloat16") == choose(strides=2) == "phases"
+    with jax.default_matmul_precision("float32"):
+        assert choose() == "phases"
+
+
+def test_auto_does_not_transform_kernels_larger_than_the_volume() -> None:
+    assert _choice.choose("outputs", "cpu", form((4, 4, 4), 256, 256), 1) != "winograd"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "shape", "dtype", "message"),
+    [
+        ({"strides": 2}, (3, 3, 3), "float32", "strides of 1"),
+        ({"padding": "circular"}, (3, 3, 3), "float32", "no circular padding"),
+        ({}, (2, 3, 3), "float32", "1 or 3 in depth and 3 in height"),
+        ({}, (3, 2, 3), "float32", "1 or 3 in depth and 3 in height"),
+        ({}, (3, 3, 3), "int32", "fractions, which int32 does not hold"),
+    ],
+)
+def test_it_refuses_by_name_what_it_cannot_do(kwargs, shape, dtype, message) -> None:
+    x, w = jnp.ones((1, 4, 4, 4, 2), dtype), jnp.ones((*shape, 2, 2), dtype)
+    with pytest.raises(NotImplementedError, match=message):
+        c3t.conv3d_transpose(x, w, implementation="winograd", **kwargs)
+
+
+def test_it_differentiates_twice_maps_and_exports_with_a_symbolic_batch() -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(2, 5, 6, 4, 2)), rng.normal(size=(3, 3, 3, 3, 2))
+    with jax.enable_x64(True):
+
+        def energy(implementation):
+            run = lambda x, w: c3t.conv3d_transpose(x, w, padding="same", implementation=implementation)
+            return lambda x, w: jnp.sum(jnp.tanh(run(x, w)) ** 2)
+
+        mine, reference = (
+            jax.jit(jax.jacfwd(jax.grad(energy(name), 1), 1))(x, w) for name in ("winograd", "dilated")
+        )  # fmt: skip
+        np.testing.assert_allclose(mine, reference, atol=1e-9)
+        apply = lambda x: c3t.conv3d_transpose(x, w, padding="same", implementation="winograd")
+        np.testing.assert_allclose(jax.vmap(apply)(x), apply(x), atol=1e-12)
+        (batch,) = export.symbolic_shape("b")
+        exported = export.export(jax.jit(apply))(jax.ShapeDtypeStruct((batch, 5, 6, 4, 2), x.dtype))
+        np.testing.assert_allclose(exported.call(x), apply(x), atol=1e-12)
