@@ -71,8 +71,8 @@ def outputs(
     blocks = _blocks.count(groups, inputs.shape[-1], filters)
     each_c, each_f = inputs.shape[-1] // blocks, filters // blocks
     products = list(itertools.product(runs(depth), runs(height)))
-    weights = _phase_kernels(kernel.astype(dtype), geometry, groups)
-    matrices = lax.optimization_barrier([_matrix(weights, geometry, range(*rd), range(*rh)) for rd, rh in products])
+    taps = _blocks.split_kernel(kernel.astype(dtype), groups)
+    matrices = lax.optimization_barrier([_matrix(taps, geometry, range(*rd), range(*rh)) for rd, rh in products])
     gathered = math.prod(len(shifts(axis)) for axis in geometry) * each_c
     written = math.prod(axis.s for axis in geometry) * each_f
     count = [cells(axis) for axis in geometry]
@@ -139,38 +139,42 @@ def _patches(
     return jnp.concatenate(parts, -1).reshape(math.prod(tile), -1)
 
 
-def _phase_kernels(kernel: jax.Array, geometry: Geometry, groups: int) -> jax.Array:
-    """``(kd, kh, kw, F / groups, C)`` to ``(B, ad, sd, ah, sh, aw, sw, F / B, C / B)``, for B blocks of groups."""
-    kernel = _blocks.split_kernel(kernel, groups)
-    for dim, axis in zip((1, 3, 5), geometry, strict=True):
-        kernel = _split_taps(kernel, dim, axis)
-    return kernel
-
-
-def _split_taps(kernel: jax.Array, dim: int, axis: Axis) -> jax.Array:
-    """Splits the tap axis at ``dim`` into (shifts, residues), zeros where no tap falls."""
-    first, last = shifts(axis)[0], shifts(axis)[-1]
-    low = -axis.lo - first * axis.s
-    padding = [(0, 0, 0)] * kernel.ndim
-    padding[dim] = (low, (last - first + 1) * axis.s - low - axis.ke, axis.d - 1)
-    kernel = lax.pad(kernel, jnp.zeros((), kernel.dtype), padding)
-    kernel = kernel.reshape(*kernel.shape[:dim], last - first + 1, axis.s, *kernel.shape[dim + 1 :])
-    return _take(kernel, [a - first for a in shifts(axis)], dim)
-
-
-def _take(array: jax.Array, indices: Sequence[int], dim: int) -> jax.Array:
-    """Picks ascending indices: one slice where they are neighbours."""
-    if indices[-1] - indices[0] + 1 == len(indices):
-        return lax.slice_in_dim(array, indices[0], indices[-1] + 1, axis=dim)
-    return jnp.concatenate([lax.slice_in_dim(array, i, i + 1, axis=dim) for i in indices], dim)
-
-
-def _matrix(weights: jax.Array, geometry: Geometry, rd: Sequence[int], rh: Sequence[int]) -> jax.Array:
-    """``(B, rd * rh * sw * F, shifts * C)``: the rows are the phases of a run."""
-    for dim, axis, residues in ((1, geometry[0], rd), (3, geometry[1], rh)):
-        every = shifts(axis)
-        weights = _take(weights, [every.index(a) for a in shifts(axis, residues)], dim)
-        weights = lax.slice_in_dim(weights, residues[0], residues[-1] + 1, axis=dim + 1)
+def _matrix(kernel: jax.Array, geometry: Geometry, rd: Sequence[int], rh: Sequence[int]) -> jax.Array:
+    """``(B, kd, kh, kw, F / B, C / B)`` to ``(B, rd * rh * sw * F, shifts * C)``: the rows are the phases of a run."""
+    weights = kernel
+    for dim, axis, residues in zip((1, 3, 5), geometry, (rd, rh, range(geometry[2].s)), strict=True):
+        weights = _phase_taps(weights, dim, axis, residues)
     blocks, ad, nd, ah, nh, aw, sw, filters, channels = weights.shape
     weights = weights.transpose(0, 2, 4, 6, 7, 1, 3, 5, 8)
     return weights.reshape(blocks, nd * nh * sw * filters, ad * ah * aw * channels)
+
+
+def _phase_taps(kernel: jax.Array, dim: int, axis: Axis, residues: Sequence[int]) -> jax.Array:
+    """Replaces the taps at ``dim`` by (shifts, residues), zeros where no tap falls."""
+    rows = []
+    for a in shifts(axis, residues):
+        places = [divmod(a * axis.s + r + axis.lo, axis.d) for r in residues]
+        rows.append([t if rest == 0 and 0 <= t < axis.k else None for t, rest in places])
+    flat = [t for row in rows for t in row]
+    parts = [_spread(kernel, dim, flat)] if _regular(flat) else [_spread(kernel, dim, row) for row in rows]
+    taps = jnp.concatenate(parts, dim) if len(parts) > 1 else parts[0]
+    return taps.reshape(*taps.shape[:dim], len(rows), len(residues), *taps.shape[dim + 1 :])
+
+
+def _regular(taps: Sequence[int | None]) -> bool:
+    """Whether the taps, and their places, are equally spaced: those of one shift always are."""
+    places = [i for i, t in enumerate(taps) if t is not None]
+    found = [t for t in taps if t is not None]
+    return all(len({b - a for a, b in itertools.pairwise(values)}) <= 1 for values in (places, found))
+
+
+def _spread(kernel: jax.Array, dim: int, taps: Sequence[int | None]) -> jax.Array:
+    """The named taps at ``dim``, and zeros between them."""
+    places = [i for i, t in enumerate(taps) if t is not None]
+    found = [t for t in taps if t is not None]
+    step = found[1] - found[0] if len(found) > 1 else 1
+    every = places[1] - places[0] if len(found) > 1 else 1
+    padding = [(0, 0, 0)] * kernel.ndim
+    padding[dim] = (places[0], len(taps) - 1 - places[-1], every - 1)
+    kernel = lax.slice_in_dim(kernel, found[0], found[-1] + 1, step, dim)
+    return lax.pad(kernel, jnp.zeros((), kernel.dtype), padding)
