@@ -37,7 +37,7 @@ format: $(VENV)/.dev  ## mend style
 types: $(VENV)/.dev  ## check types
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench  ## measure beside JAX, Flax, Keras, TensorFlow, PyTorch (hours; ARGS=--help for parts)
+bench: $(VENV)/.bench  ## measure beside JAX, Flax, Keras, TensorFlow, PyTorch (two hours; ARGS=--help for parts)
 	$(BIN)/python -m benchmarks $(or $(ARGS),--all)
 
 bench-check: $(VENV)/.test  ## fail where "auto" takes a lowering that another one beats clearly

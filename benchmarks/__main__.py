@@ -22,7 +22,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], metavar="CASE")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help="ours is always among them")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--sizes", nargs="+", type=int, metavar="N", help="N^3 outputs of --volume, inputs of --network"
     )

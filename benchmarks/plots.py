@@ -72,6 +72,7 @@ def ratios(results: Results) -> Any:
                 )
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
         ax.set_xlabel("time / ours (right of the line: slower than ours)")
     axes[0].set_yticks(range(len(results.cases)), results.cases)
     axes[0].set_ylim(len(results.cases) - 0.5, -0.5)

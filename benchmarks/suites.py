@@ -21,6 +21,8 @@ NETWORK_SIZES = (64,)
 CLASSES = 4
 LONGEST = 20.0
 """Seconds of a call: `jax.lax` sits out the volumes where it would take longer."""
+PATIENCE = 20.0
+"""Times the quickest: a slower contestant is timed in one round only."""
 
 Names = Mapping[str, tuple[str, str]]
 
@@ -81,7 +83,9 @@ def _store(
     total = len(chosen) * len(kinds) * len(names) * (args.rounds + 1)
     with (
         tqdm(total=total, unit="turn", dynamic_ncols=True) as progress,
-        session(names, args.rounds, allocator, args.out, progress, compare=suite != "network") as running,
+        session(
+            names, args.rounds, allocator, args.out, progress, compare=suite != "network", patience=PATIENCE
+        ) as running,
     ):
         for case in chosen:
             records = running.measure(case, kinds, too_long(stored["results"], stored["cases"]))

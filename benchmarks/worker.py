@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from benchmarks import cases, contestants, data
 from benchmarks.contestants.base import Prepared, UnsupportedError
 
-SLOW, ENDLESS = 0.5, 3.0
+SLOW, ENDLESS = 0.5, 1.0
 """Seconds: slower calls are timed once a round; once and for all."""
 REPEATS = 3
 

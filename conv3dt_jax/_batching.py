@@ -6,6 +6,7 @@ that only the kernel has joins the filters, or, for its adjoint, the channels; o
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -56,6 +57,18 @@ def _outputs(operands: Any, dims: Any, *, form: Form) -> Any:
     return _out_of(y, 4, 1, size), 0
 
 
+def _affine(operands: Any, dims: Any, *, form: Form) -> Any:
+    (x, w, b), (xd, wd, bd) = operands, dims
+    if wd is None and bd is None:
+        x = _front(x, xd)
+        return _out_of_batch(p.affine(_into_batch(x), w, b, form), x.shape[0]), 0
+    sums = dataclasses.replace(form, dtypes=(*form.dtypes[:2], form.sums))
+    y = p.outputs(x, w, sums)[None] if xd is None and wd is None else _front(*_outputs((x, w), (xd, wd), form=sums))
+    b = b[None] if bd is None else _front(b, bd)
+    b = b[:, None, None, None, None]
+    return (y + b).astype(form.dtypes[2]), 0
+
+
 def _inputs(operands: Any, dims: Any, *, form: Form) -> Any:
     (w, y), (wd, yd) = operands, dims
     if wd is None:
@@ -98,6 +111,7 @@ def _gradients(operands: Any, dims: Any, *, form: Form) -> Any:
 
 
 batching.primitive_batchers[p.outputs_p] = _outputs
+batching.primitive_batchers[p.affine_p] = _affine
 batching.primitive_batchers[p.inputs_p] = _inputs
 batching.primitive_batchers[p.kernel_p] = _kernel
 batching.primitive_batchers[p.tangent_p] = _tangent

@@ -62,7 +62,7 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         if jnp.issubdtype(form.sums, jnp.floating):
             return "dilated", "outputs overlap: the platform's convolution"
         return "phases", "outputs overlap, and the platform convolves floating-point numbers only"
-    forward = kind in ("outputs", "tangent")
+    forward = kind in ("outputs", "affine", "tangent")
     if phases.pieces(geometry, gradient=not forward) > _MOST_PIECES:
         if math.prod(axis.k for axis in geometry) * form.filters // form.groups <= _MOST_PRODUCTS:
             return "matmul", "the kernel has too many overlapping taps to gather, and few products"
@@ -127,6 +127,8 @@ def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
         x, w, y = _by_role(kind, operands)
     if kind == "outputs":
         return lowering.outputs(x, w, form.geometry, **static, result=y_dtype).astype(y_dtype)
+    if kind == "affine":
+        return lowering.outputs(x, w, form.geometry, **static, result=y_dtype, bias=operands[2]).astype(y_dtype)
     if kind == "tangent":
         dx, dw = operands[:2]
         terms = [lowering.outputs(*pair, form.geometry, **static, result=sums) for pair in ((dx, w), (x, dw))]
@@ -144,4 +146,6 @@ def _by_role(kind: str, operands: Sequence[Any]) -> tuple[Any, Any, Any]:
         return operands[0], None, operands[1]
     if kind == "gradients":
         return operands[0], operands[1], operands[2]
-    return operands[-2], operands[-1], None
+    if kind == "tangent":
+        return operands[2], operands[3], None
+    return operands[0], operands[1], None

@@ -9,7 +9,7 @@
 Each is bilinear, its derivative is itself with one operand exchanged, and its transpose is one of the other two; so
 forward mode, reverse mode and every higher order run on the same three pieces of code, each as fast as it was written.
 Reverse mode wants both adjoints for one y, and they share most of their work: the pair is a primitive of its own
-(`gradients`), and so is the derivative that it transposes (`tangent`).
+(`gradients`), and so is the derivative that it transposes (`tangent`), and the outputs with a bias (`affine`).
 
 Arrays have the lowerings' layout throughout: ``(N, D, H, W, C)``, ``(kd, kh, kw, F / G, C)``, ``(N, *out, F)``.
 """
@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
@@ -75,6 +76,13 @@ def outputs(x: jax.Array, w: jax.Array, form: Form) -> jax.Array:
     if any(_is_explicitly_sharded(operand) for operand in (x, w)):  # the types of results are then JAX's to find
         return _choice.run("outputs", "default", form, x, w)
     return outputs_p.bind(*_equally_varying(x, w), form=form)
+
+
+def affine(x: jax.Array, w: jax.Array, b: jax.Array, form: Form) -> jax.Array:
+    """``outputs(x, w) + b``, rounded once; ``b`` has the dtype of the sums. Saves a pass over the result."""
+    if any(_is_explicitly_sharded(operand) for operand in (x, w, b)):
+        return _choice.run("affine", "default", form, x, w, b)
+    return affine_p.bind(*_equally_varying(x, w, b), form=form)
 
 
 def inputs(w: jax.Array, y: jax.Array, form: Form) -> jax.Array:
@@ -148,6 +156,7 @@ def _lowering(compute: Callable[..., Any], multiple: bool) -> Any:
 
 
 outputs_p = _define("outputs", lambda form, x, w: [(form.outputs_shape(x.shape[0]), form.dtypes[2])])
+affine_p = _define("affine", lambda form, x, w, b: [(form.outputs_shape(x.shape[0]), form.dtypes[2])])
 inputs_p = _define("inputs", lambda form, w, y: [(form.inputs_shape(y.shape[0]), form.dtypes[0])])
 kernel_p = _define("kernel", lambda form, x, y: [(form.kernel_shape(), form.dtypes[1])])
 tangent_p = _define("tangent", lambda form, dx, dw, x, w: [(form.outputs_shape(x.shape[0]), form.dtypes[2])])
@@ -183,6 +192,17 @@ def _outputs_tangent(dx: Any, dw: Any, x: jax.Array, w: jax.Array, form: Form) -
 def _outputs_jvp(primals: Any, tangents: Any, *, form: Form) -> Any:
     (x, w), (dx, dw) = primals, tangents
     return outputs(x, w, form), _outputs_tangent(dx, dw, x, w, form)
+
+
+def _affine_jvp(primals: Any, tangents: Any, *, form: Form) -> Any:
+    """Not bilinear, but its derivative is made of what is."""
+    (x, w, b), (dx, dw, db) = primals, tangents
+    y = affine(x, w, b, form)
+    moved = _outputs_tangent(dx, dw, x, w, form)
+    if not _is_zero(db):
+        shift, _ = _equally_varying(jnp.broadcast_to(db.astype(y.dtype), y.shape), y)
+        moved = ad.add_tangents(moved, shift)
+    return y, moved
 
 
 def _tangent_jvp(primals: Any, tangents: Any, *, form: Form) -> Any:
@@ -231,6 +251,7 @@ ad.defbilinear(outputs_p, lambda ct, x, w, *, form: inputs(w, ct, form), lambda 
 ad.primitive_jvps[outputs_p] = _outputs_jvp
 ad.defbilinear(inputs_p, lambda ct, w, y, *, form: kernel(ct, y, form), lambda ct, w, y, *, form: outputs(ct, w, form))
 ad.defbilinear(kernel_p, lambda ct, x, y, *, form: inputs(ct, y, form), lambda ct, x, y, *, form: outputs(x, ct, form))
+ad.primitive_jvps[affine_p] = _affine_jvp
 ad.primitive_jvps[tangent_p] = _tangent_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 ad.primitive_jvps[gradients_p] = _gradients_jvp

@@ -286,16 +286,14 @@ def _compute(
 ) -> jax.Array:
     batch, spatial, channels = spec.split_shape(inputs.shape)
     shape = (*batch, *(axis.out for axis in geometry), spec.filters)
+    bias = None if bias is None else bias.astype(sums)
     if 0 in batch or any(axis.is_empty for axis in geometry):
-        outputs = jnp.zeros(shape, sums)
+        outputs = jnp.broadcast_to(jnp.zeros((), sums) if bias is None else bias, shape)
     else:
         if spec.data_format == "channels_first":
             inputs = jnp.moveaxis(inputs, -4, -1)
         inputs = inputs.reshape(-1 if len(batch) != 1 else batch[0], *spatial, channels)
-        rounded = result if bias is None else sums  # with a bias: once, after it
-        outputs = _lower(inputs, kernel, spec, geometry, sums, rounded).reshape(shape)
-    if bias is not None:
-        outputs = outputs + bias.astype(sums).reshape((1,) * (outputs.ndim - 1) + bias.shape)
+        outputs = _lower(inputs, kernel, bias, spec, geometry, sums, result).reshape(shape)
     outputs = outputs.astype(result)
     return jnp.moveaxis(outputs, -1, -4) if spec.data_format == "channels_first" else outputs
 
@@ -303,6 +301,7 @@ def _compute(
 def _lower(
     inputs: jax.Array,
     kernel: jax.Array,
+    bias: jax.Array | None,
     spec: Conv3DTransposeSpec,
     geometry: Geometry,
     sums: np.dtype,
@@ -318,7 +317,9 @@ def _lower(
         precision=spec.precision,
         implementation=spec.implementation,
     )
-    return _primitives.outputs(inputs, kernel, form)
+    if bias is None:
+        return _primitives.outputs(inputs, kernel, form)
+    return _primitives.affine(inputs, kernel, bias, form)
 
 
 def _check_spec(spec: Any) -> None:

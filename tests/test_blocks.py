@@ -1,5 +1,7 @@
 """Walking a volume block by block changes nothing but the memory: values, gradients, temporaries."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,3 +115,15 @@ def test_the_program_does_not_grow_with_the_volume_or_the_stride(direction: str)
     assert operations(512, 3, 2) <= operations(32, 3, 2) + one_more_loop
     assert operations(32, 3, 16) <= operations(32, 3, 4) + one_more_run
     assert operations(32, 5, 4) <= operations(32, 5, 3)
+
+
+@by_lowering
+def test_a_bias_is_added_as_blocks_are_written(name) -> None:
+    """Not in a second pass, which would hold the result twice."""
+    x, w, b = jnp.ones((1, 24, 24, 24, 16)), jnp.ones((2, 2, 2, 16, 16)), jnp.arange(16.0)
+    run = functools.partial(c3t.conv3d_transpose, strides=(3, 2, 2), implementation=name)
+    plain, biased = (
+        jax.jit(run).lower(*operands).compile().memory_analysis().temp_size_in_bytes for operands in ((x, w), (x, w, b))
+    )
+    assert biased < plain + 24**3 * 12 * 16 * 4 / 2
+    np.testing.assert_allclose(run(x, w, b), run(x, w) + b.reshape(1, 1, 1, 1, -1), rtol=1e-6)

@@ -39,7 +39,7 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutation", list(MUTATIONS), ids=lambda m: m.__name__)
-@pytest.mark.parametrize("implementation", list(LOWERINGS))
+@pytest.mark.parametrize("implementation", [name for name in LOWERINGS if name != "winograd"])
 def test_the_suite_fails_with(mutation, implementation, monkeypatch) -> None:
     case = next(case for case in CASES if case.name == MUTATIONS[mutation])
     original = LOWERINGS[implementation].outputs

@@ -82,6 +82,7 @@ def walk(
     dtype: Any,
     result: Any,
     compute: Callable[[jax.Array, Any], list[Part]],
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """``(N, D, H, W, C)`` to ``(N, *out, F)``: ``compute(slab, group)`` gives the phases of a block of cells.
 
@@ -96,6 +97,7 @@ def walk(
       result: dtype of the result.
       compute: takes the inputs ``(n, d + span, h + span, W + span, C / blocks)`` that a block of cells needs. It gets
         and gives bfloat16 as `_tiles.bits`.
+      bias: ``(F,)``, what outputs hold that ``compute`` leaves out.
     """
     depth, height, width = geometry
     given, inputs = inputs.dtype, _tiles.bits(inputs)
@@ -125,7 +127,8 @@ def walk(
             outputs = part if part.shape == outputs.shape else _tiles.put(outputs, part, place)
         return outputs
 
-    empty = _tiles.bits(jnp.zeros((inputs.shape[0], *space, filters), result))
+    fill = jnp.zeros((), result) if bias is None else bias.astype(result)
+    empty = _tiles.bits(jnp.broadcast_to(fill, (inputs.shape[0], *space, filters)))
     outputs = _tiles.values(_tiles.for_each_tile(spans, body, empty), result)
     outputs = outputs.reshape(outputs.shape[0], math.prod(space[:2]), math.prod(space[2:4]), space[4], filters)
     return outputs[:, : depth.out, : height.out]

@@ -99,6 +99,15 @@ def values(array: jax.Array, dtype: Any) -> jax.Array:
     return lax.bitcast_convert_type(array, dtype) if dtype == jnp.bfloat16 else array
 
 
+def plus(array: jax.Array, bias: jax.Array | None, start: Any = 0) -> jax.Array:
+    """Adds a bias, from the filter ``start`` on, to an array whose last axis are filters."""
+    if bias is None:
+        return array
+    filters = array.shape[-1]
+    part = bias if bias.shape[0] == filters else lax.dynamic_slice_in_dim(bias, start, filters)
+    return array + part.reshape((1,) * (array.ndim - 1) + (filters,))
+
+
 def widest(accumulate: Any, *arrays: jax.Array) -> Any:
     """The dtype to compute in: that of the sums, or of an operand that is wider."""
     return max([jnp.dtype(accumulate), *(array.dtype for array in arrays)], key=lambda dtype: dtype.itemsize)

@@ -19,6 +19,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
+from conv3dt_jax.lowerings import _tiles
 from conv3dt_jax.lowerings._transposes import transposes
 from conv3dt_jax.lowerings._work import Call, Work
 
@@ -41,6 +42,7 @@ def outputs(
     accumulate: DTypeLike,
     tile_bytes: int = 0,
     result: DTypeLike | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)`` of dtype ``accumulate``."""
     del tile_bytes, result  # XLA has blocks of its own; it rounds at the end
@@ -59,7 +61,7 @@ def outputs(
     )
     for dim, (axis, (low, high)) in enumerate(zip(geometry, windows, strict=True), start=1):
         outputs = _fold(outputs, dim, axis) if axis.wraps else _crop(outputs, dim, low, high)
-    return outputs
+    return _tiles.plus(outputs, bias)
 
 
 def work(call: Call, *, gradient: bool) -> Work:

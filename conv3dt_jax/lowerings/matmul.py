@@ -75,18 +75,20 @@ def outputs(
     accumulate: DTypeLike,
     tile_bytes: int,
     result: DTypeLike | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``, of dtype ``result``."""
     batch = inputs.shape[0] if isinstance(inputs.shape[0], int) else 1
     sizes = (inputs.shape[-1], kernel.shape[3] * groups, groups, jnp.dtype(accumulate).itemsize, tile_bytes)
     if all(isinstance(axis.out, int) for axis in geometry) and in_blocks(Call(geometry, batch, *sizes)):
-        return _by_block(inputs, kernel, geometry, groups, precision, accumulate, tile_bytes, result)
+        return _by_block(inputs, kernel, geometry, groups, precision, accumulate, tile_bytes, result, bias)
     *space, channels = inputs.shape
     *window, filters, _ = kernel.shape
     pieces = inputs.reshape(*space, 1, groups, channels // groups)
     weights = kernel.reshape(-1, filters, groups, channels // groups).transpose(2, 3, 0, 1)[None]
     taps = contract(pieces, weights, precision=precision, accumulate=accumulate)
-    return _lay_out(taps.reshape(*space, *window, groups * filters), geometry)
+    outputs = _lay_out(taps.reshape(*space, *window, groups * filters), geometry)
+    return _tiles.plus(outputs, bias)
 
 
 def _by_block(
@@ -98,6 +100,7 @@ def _by_block(
     accumulate: DTypeLike,
     tile_bytes: int,
     result: DTypeLike | None,
+    bias: jax.Array | None,
 ) -> jax.Array:
     """The same for one block of cells after the other; where blocks meet, a few products are made twice."""
     dtype, sums = _tiles.operand_dtype(accumulate, inputs, kernel), _tiles.widest(accumulate, inputs, kernel)
@@ -112,21 +115,22 @@ def _by_block(
     axes = (spans[2].block, spans[3].block, None)
     depth, height, width = map(_local, geometry, axes)
     local = (depth, height, width)
+    done = bias is None and not any(axis.overlaps for axis in geometry)  # nothing to add: round what the product gives
 
     def compute(slab: jax.Array, group: jax.Array | int) -> list[Part]:
         matrix = lax.dynamic_index_in_dim(matrices, group, keepdims=False)
         contract = (((4,), (1,)), ((), ()))
         slab = _tiles.values(slab, dtype)
         taps = lax.dot_general(slab, matrix, contract, precision=precision, preferred_element_type=sums)
-        if not any(axis.overlaps for axis in geometry):  # nothing to sum: the bits of the result at once
+        if done:
             taps = _tiles.bits(taps.astype(result))
         outputs = _lay_out(taps.reshape(*taps.shape[:4], *window, filters // blocks), local)
-        if any(axis.overlaps for axis in geometry):
-            outputs = _tiles.bits(outputs.astype(result))
+        if not done:
+            outputs = _tiles.bits(_tiles.plus(outputs, bias, group * (filters // blocks)).astype(result))
         shape = (spans[0].block, spans[2].block, geometry[0].s, spans[3].block, geometry[1].s)
         return [(outputs.reshape(*shape, *outputs.shape[3:]), (0, 0))]
 
-    return walk(inputs, geometry, 0, filters, blocks, spans, dtype, result, compute)
+    return walk(inputs, geometry, 0, filters, blocks, spans, dtype, result, compute, bias)
 
 
 def _local(axis: Axis, block: int | None) -> Axis:

@@ -61,6 +61,7 @@ def outputs(
     accumulate: DTypeLike,
     tile_bytes: int,
     result: DTypeLike | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``, of dtype ``result``."""
     dtype, sums = _tiles.operand_dtype(accumulate, inputs, kernel), _tiles.widest(accumulate, inputs, kernel)
@@ -88,13 +89,14 @@ def outputs(
             matrix = lax.dynamic_index_in_dim(matrix, group, keepdims=False)
             patches = _tiles.values(patches, dtype)
             part = lax.dot_general(patches, matrix, _LAST, precision=precision, preferred_element_type=sums)
-            part = _tiles.bits(part.astype(result)).reshape(*tile, d1 - d0, h1 - h0, width.s, each_f)
-            part = part.transpose(0, 1, 4, 2, 5, 3, 6, 7)
+            part = part.reshape(*tile, d1 - d0, h1 - h0, width.s, each_f)
+            part = _tiles.plus(part, bias, group * each_f)
+            part = _tiles.bits(part.astype(result)).transpose(0, 1, 4, 2, 5, 3, 6, 7)
             part = part.reshape(*part.shape[:5], count[2] * width.s, each_f)
             parts.append((part[..., early : width.out, :], (d0, h0)))
         return parts
 
-    return walk(inputs, geometry, early, filters, blocks, spans, dtype, result, compute)
+    return walk(inputs, geometry, early, filters, blocks, spans, dtype, result, compute, bias)
 
 
 def work(call: Call, *, gradient: bool) -> Work:

@@ -109,6 +109,7 @@ def outputs(
     accumulate: DTypeLike,
     tile_bytes: int,
     result: DTypeLike | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)`` of dtype ``accumulate``."""
     del result
@@ -120,7 +121,7 @@ def outputs(
         inputs, taps, None, lines, kernel.shape[3] * groups, taps.shape[0], dtype, precision, tile_bytes
     )
     assert found is not None
-    return found
+    return _tiles.plus(found, bias)
 
 
 def gradients(
