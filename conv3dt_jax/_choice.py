@@ -6,8 +6,8 @@
   `dilated` elsewhere, which their compilers hand to convolution hardware; integers and complex numbers, which those
   libraries do not take, go to `phases`.
 - CPU, where XLA runs a dilated convolution as a scalar loop: one of the matrix lowerings, by the cost rule below. Both
-  gradients are those of `phases` or `winograd`; `winograd` is in question where float32 operands are summed in float32
-  at the default precision.
+  gradients are those of `phases` or `winograd`; `winograd` is in question where floating-point numbers are summed in
+  float32 at the default precision.
 - sizes that are not known when the operation is traced: `dilated`. Kernels of hundreds of overlapping taps would unroll
   `phases` into as many slices: `matmul` where its products are few, else `dilated`.
 
@@ -80,7 +80,7 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
 
 def _may_filter(form: Any) -> bool:
     """Whether `winograd` can do it, and its rounding stays within four times that of the direct sum."""
-    plain = all(dtype == jnp.float32 for dtype in (*form.dtypes, form.sums))
+    plain = form.sums == jnp.float32 and all(jnp.issubdtype(dtype, jnp.floating) for dtype in form.dtypes)
     configured = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     asked = configured if form.precision is None else form.precision
     default = asked in (None, "default", jax.lax.Precision.DEFAULT, (jax.lax.Precision.DEFAULT,) * 2)

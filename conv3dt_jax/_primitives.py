@@ -200,7 +200,8 @@ def _affine_jvp(primals: Any, tangents: Any, *, form: Form) -> Any:
     y = affine(x, w, b, form)
     moved = _outputs_tangent(dx, dw, x, w, form)
     if not _is_zero(db):
-        shift, _ = _equally_varying(jnp.broadcast_to(db.astype(y.dtype), y.shape), y)
+        # Widened before it is rounded, so that its transpose sums the cotangents in the dtype of the sums.
+        shift, _ = _equally_varying(jnp.broadcast_to(db, y.shape).astype(y.dtype), y)
         moved = ad.add_tangents(moved, shift)
     return y, moved
 

@@ -127,3 +127,17 @@ def test_a_bias_is_added_as_blocks_are_written(name) -> None:
     )
     assert biased < plain + 24**3 * 12 * 16 * 4 / 2
     np.testing.assert_allclose(run(x, w, b), run(x, w) + b.reshape(1, 1, 1, 1, -1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@by_lowering
+def test_16_bit_volumes_of_many_blocks_have_gradients(name, dtype) -> None:
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((1, 16, 16, 16, 8), (3, 3, 3, 8, 8)))
+    run = lambda x, w: c3t.conv3d_transpose(x, w, strides=2, implementation=name)
+    y, pullback = jax.vjp(run, x, w)
+    ct = jnp.asarray(rng.normal(size=y.shape), dtype)
+    want_x, want_w = oracle.vjp(*(np.asarray(a, np.float64) for a in (x, w, ct)), strides=2)
+    for got, want in zip(pullback(ct), (want_x, want_w), strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8, atol=1e-4 * np.abs(want).max())

@@ -93,10 +93,10 @@ def form(space=(32, 32, 32), channels=32, filters=32, dtype="float32", precision
 
 
 @pytest.mark.parametrize("kind", ["outputs", "inputs", "kernel", "gradients"])
-def test_auto_takes_it_for_float32_at_the_default_precision_only(kind) -> None:
+def test_auto_takes_it_for_sums_in_float32_at_the_default_precision_only(kind) -> None:
     choose = lambda **kwargs: _choice.choose(kind, "cpu", form(**kwargs), 1)
-    assert choose() == choose(precision="default") == choose(dilation_rate=2) == "winograd"
-    assert choose(precision="highest") == choose(dtype="bfloat16") == choose(strides=2) == "phases"
+    assert choose() == choose(precision="default") == choose(dilation_rate=2) == choose(dtype="bfloat16") == "winograd"
+    assert choose(precision="highest") == choose(dtype="complex64") == choose(strides=2) == "phases"
     with jax.default_matmul_precision("float32"):
         assert choose() == "phases"
 
@@ -139,3 +139,17 @@ def test_it_differentiates_twice_maps_and_exports_with_a_symbolic_batch() -> Non
         (batch,) = export.symbolic_shape("b")
         exported = export.export(jax.jit(apply))(jax.ShapeDtypeStruct((batch, 5, 6, 4, 2), x.dtype))
         np.testing.assert_allclose(exported.call(x), apply(x), atol=1e-12)
+
+
+def test_bfloat16_is_rounded_once_with_the_bias() -> None:
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=shape), "bfloat16") for shape in ((1, 12, 16, 16, 8), (3, 3, 3, 8, 8)))
+    b = jnp.asarray(rng.normal(size=8), "bfloat16")
+    want = oracle.conv3d_transpose(*(np.asarray(a, np.float64) for a in (x, w, b)), padding="same")
+    y, pullback = jax.vjp(
+        lambda x, w, b: c3t.conv3d_transpose(x, w, b, padding="same", implementation="winograd"), x, w, b
+    )
+    gx, gw, gb = pullback(jnp.ones_like(y))
+    assert y.dtype == gx.dtype == gw.dtype == gb.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=2**-8, atol=1e-4)
+    assert float(gb[0]) == 12 * 16 * 16

@@ -157,6 +157,10 @@ def gradients(
     **static: Any,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """The transposes of `outputs`, as JAX finds them; see `_adjoint.gradients` for the arguments."""
+    if cotangent.dtype.itemsize == 2:  # the transposes of blocks are summed in the dtype of what they are blocks of
+        sums = static["accumulate"]
+        cotangent = cotangent.astype(sums)
+        inputs, kernel = (a if a is None else a.astype(sums) for a in (inputs, kernel))
     return transposes(outputs, inputs, kernel, cotangent, geometry, channels, **static)
 
 

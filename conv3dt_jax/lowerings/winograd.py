@@ -111,17 +111,17 @@ def outputs(
     result: DTypeLike | None = None,
     bias: jax.Array | None = None,
 ) -> jax.Array:
-    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)`` of dtype ``accumulate``."""
-    del result
+    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``, of dtype ``result``."""
     dtype = _tiles.widest(accumulate, inputs, kernel)
     taps = jnp.flip(_blocks.split_kernel(kernel.astype(dtype), groups), (1, 2, 3)).swapaxes(4, 5)
     taps = lax.optimization_barrier(taps)  # transposed once, not in every sum of `_matrices`
     lines = [Line.forward(axis) for axis in geometry]
+    result = dtype if result is None else result
     found, _ = _correlate(
-        inputs, taps, None, lines, kernel.shape[3] * groups, taps.shape[0], dtype, precision, tile_bytes
+        inputs, taps, None, lines, kernel.shape[3] * groups, taps.shape[0], dtype, precision, tile_bytes, result, bias
     )
     assert found is not None
-    return _tiles.plus(found, bias)
+    return found
 
 
 def gradients(
@@ -138,13 +138,13 @@ def gradients(
     result: DTypeLike | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """See `_adjoint.gradients`."""
-    del result
     filters = cotangent.shape[-1]
     dtype = _tiles.widest(accumulate, cotangent, *(a for a in (inputs, kernel) if a is not None))
     blocks = _blocks.count(groups, channels, filters)
     taps = None if kernel is None else _blocks.split_kernel(kernel.astype(dtype), groups)
     lines = [Line.adjoint(axis) for axis in geometry]
-    dx, dw = _correlate(cotangent, taps, inputs, lines, channels, blocks, dtype, precision, tile_bytes)
+    result = dtype if result is None else result
+    dx, dw = _correlate(cotangent, taps, inputs, lines, channels, blocks, dtype, precision, tile_bytes, result)
     if dw is not None:
         dw = _blocks.join_kernel(dw, groups, filters, channels)
     return dx, dw
@@ -164,6 +164,8 @@ def _correlate(
     dtype: Any,
     precision: lax.PrecisionLike,
     tile_bytes: int,
+    result: DTypeLike,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """The correlation of ``array`` with ``taps``, and its gradient for the taps where ``other`` is the cotangent.
 
@@ -177,6 +179,8 @@ def _correlate(
       dtype: of the sums.
       precision: see `jax.lax.dot_general`.
       tile_bytes: see `_tiles.plan`.
+      result: dtype of the correlation.
+      bias: ``(O,)``, added to it.
 
     Returns:
       ``(N, *out, O)`` or None, and ``(B, kd, kh, kw, I / B, O / B)`` or None.
@@ -199,6 +203,7 @@ def _correlate(
             made = [lax.dot(p, w, precision=precision) for p, w in zip(patches, weights, strict=True)]
             shape = (spans[0].block, spans[2].block, depth.line.d, spans[3].block, height.line.d, width.out, each_o)
             for (p, q), part in _sum_up([m.reshape(shape) for m in made], tiles).items():
+                part = _tiles.bits(_tiles.plus(part, bias, block * each_o).astype(result))
                 place = (sample, d, p, 0, h, q, 0, 0, block * each_o)
                 found = _tiles.put(found, jnp.expand_dims(part, (2, 5)), place)
         if other is not None:
@@ -209,10 +214,11 @@ def _correlate(
             sums = lax.dynamic_update_index_in_dim(sums, old + jnp.stack(parts), block, 0)
         return found, sums
 
-    found = None if taps is None else jnp.zeros((batch, *space, width.out, channels), dtype)
+    found = None if taps is None else _tiles.bits(jnp.zeros((batch, *space, width.out, channels), result))
     sums = None if other is None else jnp.zeros((blocks, products, each_o, width.k * each_i), dtype)
     found, sums = _tiles.for_each_tile(spans, body, (found, sums))
     if found is not None:
+        found = _tiles.values(found, result)
         found = found.reshape(batch, math.prod(space[:3]), math.prod(space[3:]), width.out, channels)
         found = found[:, : depth.line.out, : height.line.out]
     if sums is not None:
@@ -232,7 +238,7 @@ def _patches(
     reach = (width.k - 1) * width.d
     windows.append(_tiles.Window(width.offset, width.out + reach, width.offset, width.offset))
     windows.append(_tiles.Window(block * channels, channels, 0, array.shape[-1] - channels))
-    slab = _materialized(lambda: _tiles.read(array, windows).astype(dtype), windows)
+    slab = _materialized(lambda: _read(array, windows, dtype), windows)
     depth, height = tiles
     rows = slab.shape[1] // depth.line.d, depth.line.d, slab.shape[2] // height.line.d, height.line.d
     slab = slab.reshape(slab.shape[0], *rows, *slab.shape[3:])
@@ -271,6 +277,10 @@ def _taps(sums: jax.Array, tiles: Sequence[Tiles]) -> jax.Array:
         jnp.stack([combine(row, line) for line in zip(*columns, strict=True)], 1) for row in zip(*depth, strict=True)
     ]
     return jnp.stack(planes, 1).transpose(0, 1, 2, 4, 5, 3)
+
+
+def _read(array: jax.Array, windows: Sequence[_tiles.Window], dtype: Any) -> jax.Array:
+    return _tiles.values(_tiles.read(_tiles.bits(array), windows), array.dtype).astype(dtype)
 
 
 def _materialized(read: Callable[[], jax.Array], windows: Sequence[_tiles.Window]) -> jax.Array:
@@ -318,7 +328,7 @@ def _spread(
         windows.append(_tiles.Window.of(span, start, scale=axis.unit, extent=axis.unit - 1))
     windows.append(_tiles.Window(0, width.out, 0, 0))
     windows.append(_tiles.Window(block * channels, channels, 0, other.shape[-1] - channels))
-    slab = _tiles.read(other, windows).astype(dtype)
+    slab = _read(other, windows, dtype)
     depth, height = tiles
     parts = [(span.block, axis.algorithm.outputs, axis.line.d) for axis, span in zip(tiles, spans[2:], strict=True)]
     slab = slab.reshape(slab.shape[0], *parts[0], *parts[1], *slab.shape[3:])

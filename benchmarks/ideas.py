@@ -1,0 +1,115 @@
+"""What the choices of the CPU lowerings are worth: every case with one of them undone, beside what is built.
+
+``python -m benchmarks.ideas --cases k3s2_same --kinds forward`` prints, for each idea, its time as a multiple of ours:
+medians over interleaved rounds in one process. `benchmarks/NOTES.md` keeps what came of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import jax
+
+from benchmarks.cases import CASES, KINDS, Case
+from benchmarks.contestants import ours
+from benchmarks.contestants.base import Prepared, UnsupportedError
+from conv3dt_jax import _primitives
+from conv3dt_jax.lowerings import LOWERINGS, _adjoint, _blocks, _cells, _tiles, matmul, phases
+
+ENDLESS = 1 << 40
+BASE = "as built"
+
+
+@dataclasses.dataclass(frozen=True)
+class Idea:
+    """What is patched (module, name, value), or which lowering is named; for which kinds, or cases, it can matter."""
+
+    name: str
+    patches: Sequence[tuple[Any, str, Any]] = ()
+    lowering: str = "auto"
+    kinds: Sequence[str] = KINDS
+
+    def concerns(self, case: Case, kind: str) -> bool:
+        if "groups" in self.name:
+            return case.groups > 1
+        if "bfloat16" in self.name:
+            return case.dtype == "bfloat16"
+        return kind in self.kinds
+
+    def prepare(self, case: Case, kind: str) -> Prepared:
+        jax.clear_caches()
+        with contextlib.ExitStack() as stack:
+            for module, name, value in self.patches:
+                stack.enter_context(mock.patch.object(module, name, value))
+            return ours.prepare(case, kind, self.lowering)
+
+
+def _apart(x: Any, w: Any, y: Any, form: Any) -> list[Any]:
+    return [_primitives.inputs(w, y, form), _primitives.kernel(x, y, form)]
+
+
+FORWARD, TRAINING = KINDS[:1], KINDS[1:]
+IDEAS = [
+    Idea(BASE),
+    Idea("blocks of 1 MiB", [(_tiles, "LARGEST", 1 << 20)]),
+    Idea("blocks of 2 MiB", [(_tiles, "LARGEST", 2 << 20)]),
+    Idea("blocks of 8 MiB", [(_tiles, "LARGEST", 8 << 20), (_tiles, "SMALLEST", 8 << 20)]),
+    Idea("no blocks", [(_tiles, "LARGEST", ENDLESS), (_tiles, "SMALLEST", ENDLESS)]),
+    Idea("all phases in one product", [(_cells, "MOST_RUNS", 0)], "phases", FORWARD),
+    Idea("width not aligned", [(phases, "aligned", lambda axis: (axis, 0))], "phases", FORWARD),
+    Idea("products whole, never by block", [(matmul, "WHOLE", ENDLESS)], "matmul", FORWARD),
+    *(Idea(f"lowering {name}", lowering=name) for name in LOWERINGS if name != "dilated"),
+    Idea("patches tap by tap", [(_adjoint, "SHORT_RUN", ENDLESS)], "phases", TRAINING),
+    Idea("gradients one by one", [(_primitives, "gradients", _apart)], kinds=TRAINING),
+    Idea("groups one by one", [(_blocks, "NARROW", 1)]),
+    Idea("groups as one dense product", [(_blocks, "NARROW", 4096), (_blocks, "MOST", 4096)]),
+    Idea("bfloat16 multiplied as float32", [(_tiles, "operand_dtype", _tiles.widest)]),
+    Idea("bfloat16 moved as it is", [(_tiles, "bits", lambda x: x), (_tiles, "values", lambda x, dtype: x)]),
+]
+
+
+def measure(case: Case, kind: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every idea that concerns the case."""
+    calls = {}
+    for idea in IDEAS:
+        if idea.concerns(case, kind):
+            with contextlib.suppress(UnsupportedError):
+                calls[idea.name] = idea.prepare(case, kind).call
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            result = call()  # finds its caches as it left them
+            del result
+            started = time.perf_counter()
+            result = call()
+            seconds[name].append(time.perf_counter() - started)
+            del result
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ideas", description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], metavar="CASE")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    for case in CASES:
+        if args.cases and case.name not in args.cases:
+            continue
+        for kind in args.kinds:
+            medians = {name: statistics.median(times) for name, times in measure(case, kind, args.rounds).items()}
+            base = medians.pop(BASE)
+            told = "; ".join(f"{name} {median / base:.2f} x" for name, median in medians.items())
+            print(f"- {case.name}, {kind}, {1e3 * base:.2f} ms: {told}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
