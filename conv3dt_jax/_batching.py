@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.interpreters import batching
 
 from conv3dt_jax import _primitives as p
@@ -52,9 +53,9 @@ def _outputs(operands: Any, dims: Any, *, form: Form) -> Any:
     size = w.shape[0]
     if xd is None:
         y = p.outputs(x, _into(w, 3, 1), form.with_filters(size))
-        return _out_of(y, 4, form.groups, size), 0
+        return _out_of(y, form.filters_dim, form.groups, size), 0
     y = p.outputs(_into(_front(x, xd), 4, 1), _into(w, 4, 1), form.with_groups(size))
-    return _out_of(y, 4, 1, size), 0
+    return _out_of(y, form.filters_dim, 1, size), 0
 
 
 def _affine(operands: Any, dims: Any, *, form: Form) -> Any:
@@ -65,7 +66,7 @@ def _affine(operands: Any, dims: Any, *, form: Form) -> Any:
     sums = dataclasses.replace(form, dtypes=(*form.dtypes[:2], form.sums))
     y = p.outputs(x, w, sums)[None] if xd is None and wd is None else _front(*_outputs((x, w), (xd, wd), form=sums))
     b = b[None] if bd is None else _front(b, bd)
-    b = b[:, None, None, None, None]
+    b = lax.expand_dims(b, [dim for dim in range(1, 6) if dim != 1 + form.filters_dim])
     return (y + b).astype(form.dtypes[2]), 0
 
 
@@ -79,7 +80,7 @@ def _inputs(operands: Any, dims: Any, *, form: Form) -> Any:
     if yd is None:
         x = p.inputs(_into(w, 4, form.groups), y, form.with_channels(size))
         return _out_of(x, 4, form.groups, size), 0
-    x = p.inputs(_into(w, 4, 1), _into(_front(y, yd), 4, 1), form.with_groups(size))
+    x = p.inputs(_into(w, 4, 1), _into(_front(y, yd), form.filters_dim, 1), form.with_groups(size))
     return _out_of(x, 4, 1, size), 0
 
 
@@ -90,9 +91,9 @@ def _kernel(operands: Any, dims: Any, *, form: Form) -> Any:
         w = p.kernel(_into(_front(x, xd), 4, form.groups), y, form.with_channels(size))
         return _out_of(w, 4, form.groups, size), 0
     if xd is None:
-        w = p.kernel(x, _into(_front(y, yd), 4, form.groups), form.with_filters(size))
+        w = p.kernel(x, _into(_front(y, yd), form.filters_dim, form.groups), form.with_filters(size))
         return _out_of(w, 3, 1, size), 0
-    w = p.kernel(_into(_front(x, xd), 4, 1), _into(_front(y, yd), 4, 1), form.with_groups(size))
+    w = p.kernel(_into(_front(x, xd), 4, 1), _into(_front(y, yd), form.filters_dim, 1), form.with_groups(size))
     return _out_of(w, 4, 1, size), 0
 
 

@@ -12,9 +12,9 @@
   `phases` into as many slices: `matmul` where its products are few, else `dilated`.
 
 The cost rule, in nanoseconds fitted on two cores of an x86 server, counts multiply-adds and the values that pass
-through the cache, ``0.005 * multiply_adds + VALUE * values``: for `matmul` one product for every input, tap and filter;
-for `phases` the gathered shifts of the inputs, while it multiplies some zeros; for `winograd` the transformed inputs
-and products, while it multiplies a third as often.
+through the cache, ``MULTIPLY_ADD * multiply_adds + VALUE * values`` (`lowerings._work`): for `matmul` one product for
+every input, tap and filter; for `phases` the gathered shifts of the inputs, while it multiplies some zeros; for
+`winograd` the transformed inputs and products, while it multiplies a third as often.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ import jax.numpy as jnp
 from conv3dt_jax._geometry import Geometry
 from conv3dt_jax.lowerings import LOWERINGS, phases, winograd
 from conv3dt_jax.lowerings._tiles import tile_bytes
-from conv3dt_jax.lowerings._work import Call
+from conv3dt_jax.lowerings._work import Call, nanoseconds
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
-MULTIPLY_ADD, VALUE = 0.005, {"matmul": 0.6, "phases": 0.25, "winograd": 0.3}
-
 FILTERED = (3, 64)
 """Channels and filters of `winograd`: fewer make up short sums and more are summed in pieces, with less rounding."""
+
+_EITHER_LAYOUT = ("phases", "winograd")
+"""What reads and writes outputs with the filters second block by block; the others' outputs are transposed whole."""
 
 _MOST_PIECES = 216
 """Slices that `phases` may write into the program; its compile time grows with them."""
@@ -67,7 +68,7 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         if math.prod(axis.k for axis in geometry) * form.filters // form.groups <= _MOST_PRODUCTS:
             return "matmul", "the kernel has too many overlapping taps to gather, and few products"
         return "dilated", "the kernel has too many overlapping taps to gather or to add up"
-    if forward and not overlaps:
+    if forward and not overlaps and not form.channels_first:
         return "matmul", "no outputs overlap: one product, no zeros"
     names = ["phases", *(["matmul"] if forward else []), *(["winograd"] if _may_filter(form) else [])]
     if names == ["phases"]:
@@ -97,7 +98,7 @@ def _may_filter(form: Any) -> bool:
 def cost(name: str, call: Call, *, gradient: bool) -> float:
     """Nanoseconds for the result, or both gradients, on a CPU, by the cost rule."""
     work = LOWERINGS[name].work(call, gradient=gradient)
-    return MULTIPLY_ADD * work.multiply_adds + VALUE[name] * work.values
+    return nanoseconds(name, work.multiply_adds, work.values)
 
 
 def room_for(platform: str, form: Any, batch: Any) -> int:
@@ -121,18 +122,25 @@ def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
     name = form.implementation if form.implementation != "auto" else choose(kind, platform, form, batch)
     lowering = LOWERINGS[name]
     room = room_for(platform, form, batch)
-    static = {"groups": form.groups, "precision": form.precision, "accumulate": sums, "tile_bytes": room}
+    static: dict[str, Any] = {
+        "groups": form.groups, "precision": form.precision, "accumulate": sums, "tile_bytes": room
+    }  # fmt: skip
+    moved = form.channels_first and name not in _EITHER_LAYOUT
+    if form.channels_first and not moved:
+        static["channels_first"] = True
     if not jnp.issubdtype(sums, jnp.floating) or not jnp.issubdtype(x_dtype, jnp.floating):
         operands = tuple(operand.astype(sums) for operand in operands)  # the libraries mix no other kinds
         x, w, y = _by_role(kind, operands)
-    if kind == "outputs":
-        return lowering.outputs(x, w, form.geometry, **static, result=y_dtype).astype(y_dtype)
-    if kind == "affine":
-        return lowering.outputs(x, w, form.geometry, **static, result=y_dtype, bias=operands[2]).astype(y_dtype)
-    if kind == "tangent":
-        dx, dw = operands[:2]
-        terms = [lowering.outputs(*pair, form.geometry, **static, result=sums) for pair in ((dx, w), (x, dw))]
-        return (terms[0] + terms[1]).astype(y_dtype)
+    if y is None:
+        if kind == "tangent":
+            dx, dw = operands[:2]
+            terms = [lowering.outputs(*pair, form.geometry, **static, result=sums) for pair in ((dx, w), (x, dw))]
+            found = terms[0] + terms[1]
+        else:
+            bias = operands[2] if kind == "affine" else None
+            found = lowering.outputs(x, w, form.geometry, **static, result=y_dtype, bias=bias)
+        return (jnp.moveaxis(found, -1, 1) if moved else found).astype(y_dtype)
+    y = jnp.moveaxis(y, 1, -1) if moved else y
     gradients = lowering.gradients(x, w, y, form.geometry, form.channels, **static, result=x_dtype)
     found = [g.astype(dtype) for g, dtype in zip(gradients, (x_dtype, w_dtype), strict=True) if g is not None]
     return found if kind == "gradients" else found[0]

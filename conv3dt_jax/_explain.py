@@ -133,6 +133,7 @@ def explain(
         sums=sums,
         precision=spec.precision,
         implementation=spec.implementation,
+        channels_first=spec.data_format == "channels_first",
     )
     batch = math.prod(batch_dims)
     output_shape = spec.output_shape(shape, output_size)

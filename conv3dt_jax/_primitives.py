@@ -11,7 +11,8 @@ forward mode, reverse mode and every higher order run on the same three pieces o
 Reverse mode wants both adjoints for one y, and they share most of their work: the pair is a primitive of its own
 (`gradients`), and so is the derivative that it transposes (`tangent`), and the outputs with a bias (`affine`).
 
-Arrays have the lowerings' layout throughout: ``(N, D, H, W, C)``, ``(kd, kh, kw, F / G, C)``, ``(N, *out, F)``.
+Arrays have the lowerings' layout: ``(N, D, H, W, C)``, ``(kd, kh, kw, F / G, C)`` and ``(N, *out, F)``; the last, which
+is the largest as a rule, may be ``(N, F, *out)``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
@@ -39,7 +39,7 @@ class Form:
     """What the three directions have in common; static and hashable.
 
     ``dtypes`` are those of the inputs, the kernel and the outputs, ``sums`` that of the sums before they are rounded to
-    the outputs'. Channels and filters count all groups.
+    the outputs'. Channels and filters count all groups. ``channels_first`` is about the outputs.
     """
 
     geometry: Geometry
@@ -50,12 +50,19 @@ class Form:
     sums: np.dtype
     precision: lax.PrecisionLike
     implementation: str
+    channels_first: bool = False
 
     def inputs_shape(self, batch: Any) -> Shape:
         return (batch, *(axis.n for axis in self.geometry), self.channels)
 
     def outputs_shape(self, batch: Any) -> Shape:
-        return (batch, *(axis.out for axis in self.geometry), self.filters)
+        space = tuple(axis.out for axis in self.geometry)
+        return (batch, self.filters, *space) if self.channels_first else (batch, *space, self.filters)
+
+    @property
+    def filters_dim(self) -> int:
+        """The axis of the filters in the outputs."""
+        return 1 if self.channels_first else 4
 
     def kernel_shape(self) -> Shape:
         return (*(axis.k for axis in self.geometry), self.filters // self.groups, self.channels)
@@ -201,7 +208,7 @@ def _affine_jvp(primals: Any, tangents: Any, *, form: Form) -> Any:
     moved = _outputs_tangent(dx, dw, x, w, form)
     if not _is_zero(db):
         # Widened before it is rounded, so that its transpose sums the cotangents in the dtype of the sums.
-        shift, _ = _equally_varying(jnp.broadcast_to(db, y.shape).astype(y.dtype), y)
+        shift, _ = _equally_varying(lax.broadcast_in_dim(db, y.shape, (form.filters_dim,)).astype(y.dtype), y)
         moved = ad.add_tangents(moved, shift)
     return y, moved
 

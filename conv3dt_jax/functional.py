@@ -285,17 +285,17 @@ def _compute(
     result: np.dtype,
 ) -> jax.Array:
     batch, spatial, channels = spec.split_shape(inputs.shape)
-    shape = (*batch, *(axis.out for axis in geometry), spec.filters)
+    channels_first, space = spec.data_format == "channels_first", tuple(axis.out for axis in geometry)
+    shape = (*batch, spec.filters, *space) if channels_first else (*batch, *space, spec.filters)
     bias = None if bias is None else bias.astype(sums)
     if 0 in batch or any(axis.is_empty for axis in geometry):
-        outputs = jnp.broadcast_to(jnp.zeros((), sums) if bias is None else bias, shape)
-    else:
-        if spec.data_format == "channels_first":
-            inputs = jnp.moveaxis(inputs, -4, -1)
-        inputs = inputs.reshape(-1 if len(batch) != 1 else batch[0], *spatial, channels)
-        outputs = _lower(inputs, kernel, bias, spec, geometry, sums, result).reshape(shape)
-    outputs = outputs.astype(result)
-    return jnp.moveaxis(outputs, -1, -4) if spec.data_format == "channels_first" else outputs
+        fill = jnp.zeros((spec.filters,), sums) if bias is None else bias
+        filters_dim = len(shape) - (4 if channels_first else 1)
+        return lax.broadcast_in_dim(fill, shape, (filters_dim,)).astype(result)
+    if channels_first:  # the outputs, the larger ones as a rule, are written so by the lowerings
+        inputs = jnp.moveaxis(inputs, -4, -1)
+    inputs = inputs.reshape(-1 if len(batch) != 1 else batch[0], *spatial, channels)
+    return _lower(inputs, kernel, bias, spec, geometry, sums, result).reshape(shape).astype(result)
 
 
 def _lower(
@@ -316,6 +316,7 @@ def _lower(
         sums=sums,
         precision=spec.precision,
         implementation=spec.implementation,
+        channels_first=spec.data_format == "channels_first",
     )
     if bias is None:
         return _primitives.outputs(inputs, kernel, form)

@@ -25,7 +25,7 @@ FLOORS = [
         "lowerings._tiles",
         "lowerings._transposes",
     },
-    {"_spec", "lowerings._adjoint", "lowerings._cells"},
+    {"_spec", "lowerings._adjoint", "lowerings._cells", "lowerings._correlation"},
     {"lowerings.dilated", "lowerings.matmul", "lowerings.phases", "lowerings.winograd"},
     {"_operands", "lowerings"},
     {"_choice"},

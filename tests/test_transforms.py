@@ -250,3 +250,35 @@ def test_spec_is_a_static_argument_that_does_not_recompile() -> None:
         params = c3t.init(jax.random.key(0), spec, 3)
         run(params, jnp.ones((1, 2, 2, 2, 3), jnp.float32), spec)
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("case", CHOSEN[:2], ids=lambda case: case.name)
+@by_implementation
+@pytest.mark.parametrize("mapped", ["inputs", "kernel", "both", "bias", "nothing"])
+def test_channels_first_is_channels_last_moved_under_every_derivative_and_map(implementation, case, mapped) -> None:
+    """Lowerings write outputs, and read cotangents, with the filters second themselves."""
+    x, w, b = operands(case)
+    moved = operands(case, seed=1)
+    axes = {"inputs": (0, None, None), "kernel": (None, 0, None), "both": (0, 0, None), "bias": (None, None, 0)}
+    last = convolve(implementation, case)
+
+    def first(x, w, b):
+        y = convolve(implementation, case)(jnp.moveaxis(x, -1, 1), w, b, data_format="channels_first")
+        return jnp.moveaxis(y, 1, -1)
+
+    def everything(run):
+        def values(x, w, b):
+            y, dy = jax.jvp(run, (x, w, b), moved)
+            gradients = jax.grad(lambda *operands: (run(*operands) ** 3).sum(), (0, 1, 2))
+            return y, dy, jax.jvp(gradients, (x, w, b), moved)
+
+        return jax.jit(values if mapped == "nothing" else jax.vmap(values, axes[mapped]))
+
+    stacked = [jnp.stack(pair) for pair in zip((x, w, b), moved, strict=True)]
+    called = (x, w, b)
+    if mapped != "nothing":
+        called = tuple(
+            many if axis == 0 else one for one, many, axis in zip((x, w, b), stacked, axes[mapped], strict=True)
+        )
+    for got, want in zip(*(jax.tree.leaves(everything(run)(*called)) for run in (first, last)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())

@@ -23,7 +23,8 @@ def calls(draw):
     padding = draw(st.sampled_from(["valid", "same", 1]))
     if padding == 1:
         padding = tuple(min(1, (k - 1) * d // 2) for k, d in zip(window, dilation, strict=True))
-    kwargs = {"padding": padding, "dilation_rate": dilation, "groups": groups}
+    layout = draw(st.sampled_from(["channels_last", "channels_first"]))
+    kwargs = {"padding": padding, "dilation_rate": dilation, "groups": groups, "data_format": layout}
     return (draw(st.integers(1, 2)), *space, channels), (*window, filters // groups, channels), kwargs
 
 
@@ -32,13 +33,20 @@ def calls(draw):
 def test_value_and_gradients_are_those_of_the_definition(call, seed) -> None:
     shape, kernel_shape, kwargs = call
     rng = np.random.default_rng(seed)
-    x, w = rng.normal(size=shape), rng.normal(size=kernel_shape)
-    want = oracle.conv3d_transpose(x, w, **kwargs)
+    x, w, b = rng.normal(size=shape), rng.normal(size=kernel_shape), rng.normal(size=kernel_shape[3] * kwargs["groups"])
+    first = kwargs.pop("data_format") == "channels_first"
+    want = oracle.conv3d_transpose(x, w, b, **kwargs)
     ct = rng.normal(size=want.shape)
     want_gx, want_gw = oracle.vjp(x, w, ct, **kwargs)
 
     def run(x, w, ct):
-        y, pullback = jax.vjp(lambda x, w: c3t.conv3d_transpose(x, w, implementation="winograd", **kwargs), x, w)
+        def last(x, w):
+            x = jnp.moveaxis(x, -1, 1) if first else x
+            layout = "channels_first" if first else "channels_last"
+            y = c3t.conv3d_transpose(x, w, b, implementation="winograd", data_format=layout, **kwargs)
+            return jnp.moveaxis(y, 1, -1) if first else y
+
+        y, pullback = jax.vjp(last, x, w)
         return y, *pullback(ct)
 
     with jax.enable_x64(True):

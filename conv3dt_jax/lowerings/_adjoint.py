@@ -38,13 +38,14 @@ def gradients(
     accumulate: DTypeLike,
     tile_bytes: int,
     result: DTypeLike | None = None,
+    channels_first: bool = False,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """The gradient for the inputs (where ``kernel`` is given) and for the kernel (where ``inputs`` is given).
 
     Args:
       inputs: ``(N, D, H, W, C)`` or None.
       kernel: ``(kd, kh, kw, F / G, C)`` or None.
-      cotangent: ``(N, *out, F)``.
+      cotangent: ``(N, *out, F)``, or ``(N, F, *out)`` with ``channels_first``.
       geometry: of the transposed convolution.
       channels: C.
       groups: G.
@@ -52,6 +53,7 @@ def gradients(
       accumulate: dtype of the sums and of the results, unless an operand's is wider.
       tile_bytes: see `_tiles.plan`.
       result: dtype of the gradient for the inputs, where it is rounded at once.
+      channels_first: whether the cotangent has the filters second.
 
     Returns:
       ``(N, D, H, W, C)`` or None, and ``(kd, kh, kw, F / G, C)`` or None.
@@ -60,9 +62,10 @@ def gradients(
     dtype, sums = _tiles.operand_dtype(accumulate, *operands), _tiles.widest(accumulate, *operands)
     dx_dtype = sums if result is None else result
     static: dict[str, Any] = {"precision": precision, "preferred_element_type": sums}
-    batch, *_, filters = cotangent.shape
+    filters_dim = 1 if channels_first else 4
+    batch, filters = cotangent.shape[0], cotangent.shape[filters_dim]
     space = tuple(axis.n for axis in geometry)
-    for dim, axis in enumerate(geometry, start=1):
+    for dim, axis in enumerate(geometry, start=2 if channels_first else 1):
         if axis.wraps:
             cotangent = _unwrap(cotangent, dim, axis)
     window = tuple(axis.k for axis in geometry)
@@ -79,7 +82,7 @@ def gradients(
 
     def body(starts: list[Any], carry: tuple[Any, Any]) -> tuple[Any, Any]:
         sample, block, depth, height = starts
-        patches = _patches(cotangent, spans, starts, geometry, each_f, dtype, transposed)
+        patches = _patches(cotangent, spans, starts, geometry, each_f, filters_dim, dtype, transposed)
         corner = (sample, depth, height, 0, block * each_c)
         walked = (spans[0], *spans[2:])
         cells = (*(span.block for span in walked), space[2], each_c)
@@ -145,7 +148,14 @@ def _unorder(dw: jax.Array, geometry: Geometry, filters: int, channels: int) -> 
 
 
 def _patches(
-    cotangent: jax.Array, spans: Any, starts: Any, geometry: Geometry, filters: int, dtype: Any, transposed: bool
+    cotangent: jax.Array,
+    spans: Any,
+    starts: Any,
+    geometry: Geometry,
+    filters: int,
+    filters_dim: int,
+    dtype: Any,
+    transposed: bool,
 ) -> jax.Array:
     """``(cells, taps * F)``, or its transpose: what every cell of a block has reached."""
     sample, block, *corner = starts
@@ -155,9 +165,11 @@ def _patches(
         lo = 0 if axis.wraps else axis.lo
         extent = axis.ke - 1 if axis.overlaps else axis.s - 1
         windows.append(_tiles.Window.of(span, start, scale=axis.s, offset=-lo, extent=extent))
-    many = cotangent.shape[-1] - filters
-    windows.append(_tiles.Window(block * filters, filters, 0, many))
+    many = cotangent.shape[filters_dim] - filters
+    windows.insert(filters_dim, _tiles.Window(block * filters, filters, 0, many))
     slab = _tiles.read(_tiles.bits(cotangent), windows)
+    if filters_dim == 1:  # once, not in every slice
+        slab = _tiles.materialized(lambda: jnp.moveaxis(slab, 1, -1), starts)
     if cotangent.dtype != dtype:
         slab = _tiles.values(slab, cotangent.dtype).astype(dtype)
     # Axes without overlap: (n * s) -> (n, k), the taps moved to the end; those with overlap: one slice per tap.

@@ -6,6 +6,7 @@ of cells ``[m0, m0 + b)`` needs the inputs from ``m0 - max(a)`` to ``m0 + b - 1 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -45,7 +46,12 @@ def runs(axis: Axis) -> list[tuple[int, int]]:
         members = list(group)
         if shifts(axis, members):
             found.append((members[0], members[-1] + 1))
-    return found if len(found) <= MOST_RUNS else [(found[0][0], found[-1][1])]
+    return found if len(found) <= MOST_RUNS else joined(found)
+
+
+def joined(found: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """All of them as one."""
+    return [(found[0][0], found[-1][1])]
 
 
 def extend(inputs: jax.Array, geometry: Geometry) -> jax.Array:
@@ -69,7 +75,7 @@ def _size(geometry: Geometry) -> int:
 
 
 Part = tuple[jax.Array, tuple[int, int]]
-"""``(n, cells, rd, cells, rh, width, F)``, and the first residues rd and rh in their cells."""
+"""``(n, cells, rd, cells, rh, width, F)``, or F second, and the first residues rd and rh in their cells."""
 
 
 def walk(
@@ -81,10 +87,11 @@ def walk(
     spans: Sequence[_tiles.Span],
     dtype: Any,
     result: Any,
-    compute: Callable[[jax.Array, Any], list[Part]],
+    compute: Callable[[jax.Array, Any, Sequence[Any]], list[Part]],
     bias: jax.Array | None = None,
+    channels_first: bool = False,
 ) -> jax.Array:
-    """``(N, D, H, W, C)`` to ``(N, *out, F)``: ``compute(slab, group)`` gives the phases of a block of cells.
+    """``(N, D, H, W, C)`` to ``(N, *out, F)``: ``compute(slab, group, starts)`` gives the phases of a block of cells.
 
     Args:
       inputs: the inputs.
@@ -98,6 +105,7 @@ def walk(
       compute: takes the inputs ``(n, d + span, h + span, W + span, C / blocks)`` that a block of cells needs. It gets
         and gives bfloat16 as `_tiles.bits`.
       bias: ``(F,)``, what outputs hold that ``compute`` leaves out.
+      channels_first: whether ``compute`` gives, and the result has, the filters second: ``(N, F, *out)``.
     """
     depth, height, width = geometry
     given, inputs = inputs.dtype, _tiles.bits(inputs)
@@ -106,8 +114,11 @@ def walk(
         inputs, offsets = extend(inputs, geometry), [0, 0, 0]
     else:  # padding all of it would cost more than padding every block
         offsets = [-shifts(axis)[-1] for axis in geometry]
-    space = (spans[2].length, depth.s, spans[3].length, height.s, width.out - crop)
     walked = (spans[2], spans[3], _tiles.Span(cells(width), cells(width)))
+    lines = width.out - crop
+    whole = all(axis.out % axis.s == 0 for axis in (depth, height))
+    ordered = functools.partial(_tiles.ordered, channels_first)
+    fill = jnp.zeros((filters,), result) if bias is None else bias.astype(result)
 
     def body(starts: list[Any], outputs: jax.Array) -> jax.Array:
         sample, group, *corner = starts
@@ -122,13 +133,50 @@ def walk(
         slab = _tiles.read(inputs, windows)
         if given != dtype:
             slab = _tiles.values(slab, given).astype(dtype)
-        for part, (d0, h0) in compute(slab, group):
-            place = (sample, corner[0], d0, corner[1], h0, 0, group * each_f)
+        parts = compute(slab, group, starts)
+        first = group * each_f
+        if whole:
+            return put(outputs, parts, (sample, *corner, first))
+        sizes = (
+            spans[0].block,
+            *(n for cut, axis in zip(spans[2:], geometry[:2], strict=True) for n in (cut.block, axis.s)),
+        )
+        block = filled(lax.dynamic_slice_in_dim(fill, first, each_f), *sizes)
+        block = put(block, parts, (0, 0, 0, 0))
+        block = block.reshape(ordered(sizes[0], sizes[1] * sizes[2], sizes[3] * sizes[4], lines, each_f))
+        for (d, n), (h, m) in itertools.product(*(_rows(*pair) for pair in zip(geometry[:2], spans[2:], strict=True))):
+            part = lax.slice(block, ordered(0, d, h, 0, 0), ordered(sizes[0], d + n, h + m, lines, each_f))
+            place = ordered(sample, corner[0] * depth.s + d, corner[1] * height.s + h, 0, first)
+            outputs = _tiles.put(outputs, part, place)
+        return outputs
+
+    def put(outputs: jax.Array, parts: Sequence[Part], starts: Sequence[Any]) -> jax.Array:
+        sample, d, h, first = starts
+        for part, (d0, h0) in parts:
+            place = ordered(sample, d, d0, h, h0, 0, first)
             outputs = part if part.shape == outputs.shape else _tiles.put(outputs, part, place)
         return outputs
 
-    fill = jnp.zeros((), result) if bias is None else bias.astype(result)
-    empty = _tiles.bits(jnp.broadcast_to(fill, (inputs.shape[0], *space, filters)))
-    outputs = _tiles.values(_tiles.for_each_tile(spans, body, empty), result)
-    outputs = outputs.reshape(outputs.shape[0], math.prod(space[:2]), math.prod(space[2:4]), space[4], filters)
-    return outputs[:, : depth.out, : height.out]
+    def filled(fill: jax.Array, *sizes: Any) -> jax.Array:
+        shape = ordered(*sizes, lines, fill.shape[0])
+        return _tiles.bits(lax.broadcast_in_dim(fill, shape, (1 if channels_first else len(shape) - 1,)))
+
+    cells_of = (spans[2].length, depth.s, spans[3].length, height.s) if whole else (depth.out, height.out)
+    outputs = _tiles.for_each_tile(spans, body, filled(fill, inputs.shape[0], *cells_of))
+    outputs = _tiles.values(outputs, result)
+    return outputs.reshape(ordered(outputs.shape[0], depth.out, height.out, lines, filters))
+
+
+def _rows(axis: Axis, span: _tiles.Span) -> list[tuple[int, int]]:
+    """The outputs of a block of cells along an axis, as ``(start, length)`` in the order of their writing.
+
+    The last block may stick out of the result. What may stick out is written first: it is moved back then, over
+    outputs that the second write mends.
+    """
+    length = span.block * axis.s
+    outside = span.length * axis.s - axis.out
+    inside = length - outside
+    if outside == 0 or span.count == 1:
+        return [(0, inside)]
+    tails = [(start, min(inside, length - start)) for start in range(inside, length, inside)]
+    return [*tails, (0, inside)]

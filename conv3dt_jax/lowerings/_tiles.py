@@ -72,15 +72,12 @@ def plan(lengths: Sequence[Any], cell_bytes: int, tile_bytes: int) -> tuple[Span
 
 
 def _block(length: Any, most: int) -> int:
-    """The largest divisor of ``length`` up to ``most``; where all are small, equal blocks that overlap a little."""
+    """The size of blocks, above half of ``most`` where they can be, that does the fewest cells twice; the largest."""
     if not isinstance(length, int):
         return 1
     if most >= length:
         return length
-    divisor = max(b for b in range(1, most + 1) if length % b == 0)
-    if 2 * divisor > most:
-        return divisor
-    return -(-length // -(-length // most))
+    return min(range(most, most // 2, -1), key=lambda block: -(-length // block) * block)
 
 
 def operand_dtype(accumulate: Any, *arrays: jax.Array) -> Any:
@@ -99,13 +96,31 @@ def values(array: jax.Array, dtype: Any) -> jax.Array:
     return lax.bitcast_convert_type(array, dtype) if dtype == jnp.bfloat16 else array
 
 
-def plus(array: jax.Array, bias: jax.Array | None, start: Any = 0) -> jax.Array:
-    """Adds a bias, from the filter ``start`` on, to an array whose last axis are filters."""
+def ordered(channels_first: bool, *sizes: Any) -> tuple[Any, ...]:
+    """Sizes, or starts, of ``(N, *space, F)`` in the order of an array that may have F second."""
+    batch, *space, channels = sizes
+    return (batch, channels, *space) if channels_first else (batch, *space, channels)
+
+
+def plus(array: jax.Array, bias: jax.Array | None, start: Any = 0, dim: int = -1) -> jax.Array:
+    """Adds a bias, from the filter ``start`` on, to an array whose axis ``dim`` are filters."""
     if bias is None:
         return array
-    filters = array.shape[-1]
+    filters = array.shape[dim]
     part = bias if bias.shape[0] == filters else lax.dynamic_slice_in_dim(bias, start, filters)
-    return array + part.reshape((1,) * (array.ndim - 1) + (filters,))
+    return array + lax.expand_dims(part, [i for i in range(array.ndim) if i != dim % array.ndim])
+
+
+def materialized(make: Callable[[], jax.Array], starts: Sequence[Any]) -> jax.Array:
+    """Makes an array once: XLA:CPU would fuse a read, with its bounds, into all that use it, at twice the cost.
+
+    It fuses across optimization barriers, but not into the branches of a conditional. Nothing is fused where no start
+    of a block is traced.
+    """
+    traced = [start for start in starts if not isinstance(start, int)]
+    if not traced:
+        return make()
+    return lax.cond(traced[0] > jnp.iinfo(jnp.int32).min, make, lambda: jnp.zeros_like(make()))
 
 
 def widest(accumulate: Any, *arrays: jax.Array) -> Any:

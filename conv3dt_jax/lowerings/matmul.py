@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -117,13 +118,13 @@ def _by_block(
     local = (depth, height, width)
     done = bias is None and not any(axis.overlaps for axis in geometry)  # nothing to add: round what the product gives
 
-    def compute(slab: jax.Array, group: jax.Array | int) -> list[Part]:
+    def compute(slab: jax.Array, group: Any, starts: Sequence[Any]) -> list[Part]:
         matrix = lax.dynamic_index_in_dim(matrices, group, keepdims=False)
         contract = (((4,), (1,)), ((), ()))
         slab = _tiles.values(slab, dtype)
         taps = lax.dot_general(slab, matrix, contract, precision=precision, preferred_element_type=sums)
         if done:
-            taps = _tiles.bits(taps.astype(result))
+            taps = _rounded(taps, result, starts)
         outputs = _lay_out(taps.reshape(*taps.shape[:4], *window, filters // blocks), local)
         if not done:
             outputs = _tiles.bits(_tiles.plus(outputs, bias, group * (filters // blocks)).astype(result))
@@ -131,6 +132,13 @@ def _by_block(
         return [(outputs.reshape(*shape, *outputs.shape[3:]), (0, 0))]
 
     return walk(inputs, geometry, 0, filters, blocks, spans, dtype, result, compute, bias)
+
+
+def _rounded(taps: jax.Array, result: DTypeLike, starts: Sequence[Any]) -> jax.Array:
+    """Rounds by two threads, in a pass of its own: what is fused into a write in place runs in one."""
+    if taps.dtype == result:
+        return taps
+    return _tiles.materialized(lambda: _tiles.bits(taps.astype(result)), starts)
 
 
 def _local(axis: Axis, block: int | None) -> Axis:

@@ -6,8 +6,9 @@ Cut the kept window into cells of ``s`` outputs. Output ``m * s + r`` is reached
     y[m * s + r] = sum_a x[m - a] @ w[a, r],        w[a, r] = the tap at offset a * s + r, or 0.
 
 For a block of cells the shifts ``x[m - a]`` are gathered side by side and multiplied with the kernels of many phases at
-once. Phases in depth and height that need the same shifts share a product, others have one of their own, so that no
-zeros are multiplied there; all phases in width share theirs, which keeps the rows of the result whole.
+once. All phases in width share a product, which keeps the rows of the result whole. In depth and height, phases that
+need the same shifts share one, and others have one of their own, so that no zeros are multiplied there; with few
+channels, where gathering shifts again costs more than zeros, all share one.
 
 The work goes block by block (`_tiles`): the patches stay in the cache and the result is written once.
 """
@@ -18,6 +19,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +28,8 @@ from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings import _adjoint, _blocks, _tiles
-from conv3dt_jax.lowerings._cells import Part, cells, runs, shifts, walk
-from conv3dt_jax.lowerings._work import Call, Work
+from conv3dt_jax.lowerings._cells import Part, cells, joined, runs, shifts, walk
+from conv3dt_jax.lowerings._work import Call, Work, nanoseconds
 
 gradients = _adjoint.gradients
 _LAST = (((1,), (1,)), ((), ()))
@@ -62,16 +64,20 @@ def outputs(
     tile_bytes: int,
     result: DTypeLike | None = None,
     bias: jax.Array | None = None,
+    channels_first: bool = False,
 ) -> jax.Array:
-    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``, of dtype ``result``."""
+    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``, of dtype ``result``.
+
+    To ``(N, F, *out)`` with ``channels_first``, where the product is taken with its operands exchanged.
+    """
     dtype, sums = _tiles.operand_dtype(accumulate, inputs, kernel), _tiles.widest(accumulate, inputs, kernel)
     result = sums if result is None else result
     width, early = aligned(geometry[2])
-    depth, height, _ = geometry = (*geometry[:2], width)
+    geometry = (*geometry[:2], width)
     filters = kernel.shape[3] * groups
     blocks = _blocks.count(groups, inputs.shape[-1], filters)
     each_c, each_f = inputs.shape[-1] // blocks, filters // blocks
-    products = list(itertools.product(runs(depth), runs(height)))
+    products = _products(geometry, each_c, each_f)
     taps = _blocks.split_kernel(kernel.astype(dtype), groups)
     matrices = lax.optimization_barrier([_matrix(taps, geometry, range(*rd), range(*rh)) for rd, rh in products])
     gathered = math.prod(len(shifts(axis)) for axis in geometry) * each_c
@@ -81,22 +87,25 @@ def outputs(
         (inputs.shape[0], blocks, *count), max(gathered * dtype.itemsize, written * sums.itemsize), tile_bytes
     )
 
-    def compute(slab: jax.Array, group: jax.Array | int) -> list[Part]:
+    def compute(slab: jax.Array, group: Any, _: Sequence[Any]) -> list[Part]:
         parts = []
         tile = (spans[0].block, spans[2].block, spans[3].block, count[2])
         for ((d0, d1), (h0, h1)), matrix in zip(products, matrices, strict=True):
             patches = _patches(slab, tile, geometry, range(d0, d1), range(h0, h1))
             matrix = lax.dynamic_index_in_dim(matrix, group, keepdims=False)
             patches = _tiles.values(patches, dtype)
-            part = lax.dot_general(patches, matrix, _LAST, precision=precision, preferred_element_type=sums)
-            part = part.reshape(*tile, d1 - d0, h1 - h0, width.s, each_f)
-            part = _tiles.plus(part, bias, group * each_f)
-            part = _tiles.bits(part.astype(result)).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-            part = part.reshape(*part.shape[:5], count[2] * width.s, each_f)
-            parts.append((part[..., early : width.out, :], (d0, h0)))
+            left, right = (matrix, patches) if channels_first else (patches, matrix)
+            part = lax.dot_general(left, right, _LAST, precision=precision, preferred_element_type=sums)
+            phases = (d1 - d0, h1 - h0, width.s, each_f)
+            part = part.reshape(*phases, *tile) if channels_first else part.reshape(*tile, *phases)
+            part = _tiles.plus(part, bias, group * each_f, dim=phases_dim + 3)
+            part = _tiles.bits(part.astype(result)).transpose(order)
+            part = lax.collapse(part, row, row + 2)
+            parts.append((lax.slice_in_dim(part, early, width.out, axis=row), (d0, h0)))
         return parts
 
-    return walk(inputs, geometry, early, filters, blocks, spans, dtype, result, compute, bias)
+    phases_dim, row, order = (0, 6, (4, 3, 5, 0, 6, 1, 7, 2)) if channels_first else (4, 5, (0, 1, 4, 2, 5, 3, 6, 7))
+    return walk(inputs, geometry, early, filters, blocks, spans, dtype, result, compute, bias, channels_first)
 
 
 def work(call: Call, *, gradient: bool) -> Work:
@@ -109,9 +118,9 @@ def work(call: Call, *, gradient: bool) -> Work:
     blocks = _blocks.count(call.groups, call.channels, call.filters)
     each = call.channels * call.filters // blocks
     gathered = multiply_adds = matrices = largest = 0
-    for (d0, d1), (h0, h1) in itertools.product(runs(depth), runs(height)):
-        here = len(shifts(depth, range(d0, d1))) * len(shifts(height, range(h0, h1))) * len(shifts(width))
-        written = (d1 - d0) * (h1 - h0) * width.s
+    geometry = (depth, height, width)
+    for product in _products(geometry, call.channels // blocks, call.filters // blocks):
+        here, written = _sizes(geometry, product)
         gathered += windows * here * call.channels
         multiply_adds += windows * here * written * each
         matrices += here * written * each
@@ -126,6 +135,32 @@ def pieces(geometry: Geometry, *, gradient: bool) -> int:
         return math.prod(axis.k for axis in geometry if axis.overlaps)
     depth, height = (sum(len(shifts(axis, range(*run))) for run in runs(axis)) for axis in geometry[:2])
     return depth * height * len(shifts(aligned(geometry[2])[0]))
+
+
+Product = tuple[tuple[int, int], tuple[int, int]]
+"""The residues ``[first, last)`` in depth and height that share a product."""
+
+
+def _products(geometry: Geometry, channels: int, filters: int) -> list[Product]:
+    """The products that give all phases: by runs, or all runs of an axis as one, whatever costs less."""
+    depth, height = ((runs(axis), joined(runs(axis))) for axis in geometry[:2])
+    ways = [list(itertools.product(*way)) for way in itertools.product(depth, height)]
+
+    def cost(products: list[Product]) -> float:
+        sizes = [_sizes(geometry, product) for product in products]
+        multiply_adds = sum(taken * written for taken, written in sizes) * channels * filters
+        return nanoseconds("phases", multiply_adds, sum(taken for taken, _ in sizes) * channels)
+
+    return min(ways, key=cost)
+
+
+def _sizes(geometry: Geometry, product: Product) -> tuple[int, int]:
+    """How many shifts a product takes, and how many phases it gives, of every cell."""
+    taken, written = len(shifts(geometry[2])), geometry[2].s
+    for axis, (first, last) in zip(geometry[:2], product, strict=True):
+        taken *= len(shifts(axis, range(first, last)))
+        written *= last - first
+    return taken, written
 
 
 def _patches(
