@@ -127,6 +127,22 @@ def work(call: Call) -> Work:
     return Work(2 * gathered * call.channels // blocks, gathered, room + 2 * kernel * call.itemsize)
 
 
+def steps(geometry: Geometry) -> int:
+    """Steps of ``s`` outputs that hold the taps of a cell in width, where they are cut out step by step; else 0.
+
+    They are where they lie side by side, with no taps of an axis without overlap in between.
+    """
+    width = geometry[2]
+    alone = all(axis.overlaps or axis.k == 1 for axis in geometry[:2])
+    return -(-width.k // width.s) if alone and width.overlaps and width.d == 1 and width.s > 1 else 0
+
+
+def pieces(geometry: Geometry) -> int:
+    """Slices that the program holds, see ``_pieces``."""
+    *others, width = (axis.k if axis.overlaps else 1 for axis in geometry)
+    return math.prod(others) * (steps(geometry) or width)
+
+
 def _unwrap(cotangent: jax.Array, dim: int, axis: Axis) -> jax.Array:
     """The cotangent of the full result of a circular axis."""
     padding = [(0, 0)] * cotangent.ndim
@@ -158,42 +174,61 @@ def _patches(
     transposed: bool,
 ) -> jax.Array:
     """``(cells, taps * F)``, or its transpose: what every cell of a block has reached."""
+    slab = _slab(cotangent, spans, starts, geometry, filters, filters_dim)
+    if cotangent.dtype != dtype:
+        slab = _tiles.values(slab, cotangent.dtype).astype(dtype)
+    cells = [span.block for span in (spans[0], *spans[2:])] + [geometry[2].n]
+    pieces = _pieces(slab, cells, geometry, filters)
+    rows = math.prod(cells)
+    if transposed:
+        return _tiles.values(jnp.concatenate([piece.reshape(rows, -1).T for piece in pieces], 0), dtype)
+    return _tiles.values(jnp.concatenate(pieces, -1).reshape(rows, -1), dtype)
+
+
+def _slab(
+    cotangent: jax.Array, spans: Any, starts: Any, geometry: Geometry, filters: int, filters_dim: int
+) -> jax.Array:
+    """The outputs that the cells of a block have reached, of one block of filters, channels last."""
     sample, block, *corner = starts
     axes = (*spans[2:], _tiles.Span(geometry[2].n, geometry[2].n))
+    extents = [axis.ke - 1 if axis.overlaps else axis.s - 1 for axis in geometry]
+    if steps(geometry):  # whole steps, whatever is read beyond the last tap
+        extents[2] = geometry[2].s * steps(geometry) - 1
     windows = [_tiles.Window.of(spans[0], sample)]
-    for axis, span, start in zip(geometry, axes, (*corner, 0), strict=True):
+    for axis, span, start, extent in zip(geometry, axes, (*corner, 0), extents, strict=True):
         lo = 0 if axis.wraps else axis.lo
-        extent = axis.ke - 1 if axis.overlaps else axis.s - 1
         windows.append(_tiles.Window.of(span, start, scale=axis.s, offset=-lo, extent=extent))
     many = cotangent.shape[filters_dim] - filters
     windows.insert(filters_dim, _tiles.Window(block * filters, filters, 0, many))
     slab = _tiles.read(_tiles.bits(cotangent), windows)
     if filters_dim == 1:  # once, not in every slice
         slab = _tiles.materialized(lambda: jnp.moveaxis(slab, 1, -1), starts)
-    if cotangent.dtype != dtype:
-        slab = _tiles.values(slab, cotangent.dtype).astype(dtype)
-    # Axes without overlap: (n * s) -> (n, k), the taps moved to the end; those with overlap: one slice per tap.
-    cells = [spans[0].block, *(span.block for span in axes)]
+    return slab
+
+
+def _pieces(slab: jax.Array, cells: list[int], geometry: Geometry, filters: int) -> list[jax.Array]:
+    """What lies side by side in ``_patches``: one slice per tap of the axes with overlap, or per step of neighbours in
+    width; the taps of the axes without, ``(n * s) -> (n, k)``, go beside the filters."""
+    width, joined = geometry[2], steps(geometry)
     shape: list[int] = [slab.shape[0]]
-    for axis, span, size in zip(geometry, axes, slab.shape[1:4], strict=True):
-        shape += [size, 1] if axis.overlaps else [span.block, axis.s]
+    for dim, (axis, size) in enumerate(zip(geometry, slab.shape[1:4], strict=True)):
+        shape += [size, 1] if axis.overlaps and not (dim == 2 and joined) else [size // axis.s, axis.s]
     slab = slab.reshape(*shape, filters)
     for dim, axis in zip((2, 4, 6), geometry, strict=True):
         if not axis.overlaps:
             slab = lax.slice_in_dim(slab, 0, axis.ke, axis.d, dim)
     slab = lax.optimization_barrier(slab.transpose(0, 1, 3, 5, 2, 4, 6, 7))
     slab = slab.reshape(*slab.shape[:4], -1)
+    slices = [[(t * axis.d, axis.s) for t in range(axis.k)] if axis.overlaps else [(0, 1)] for axis in geometry]
+    if joined:
+        slices[2] = [(j, 1) for j in range(joined)]
     pieces = []
-    for taps in itertools.product(*(range(axis.k) if axis.overlaps else (0,) for axis in geometry)):
-        piece = slab
+    for where in itertools.product(*slices):
         offsets, limits, strides = [0], [cells[0]], [1]
-        for tap, axis, count in zip(taps, geometry, cells[1:], strict=True):
-            stride = axis.s if axis.overlaps else 1
-            offsets.append(tap * axis.d)
-            limits.append(tap * axis.d + (count - 1) * stride + 1)
+        for (offset, stride), count in zip(where, cells[1:], strict=True):
+            offsets.append(offset)
+            limits.append(offset + (count - 1) * stride + 1)
             strides.append(stride)
-        pieces.append(lax.slice(piece, (*offsets, 0), (*limits, piece.shape[-1]), (*strides, 1)))
-    rows = math.prod(cells)
-    if transposed:
-        return _tiles.values(jnp.concatenate([piece.reshape(rows, -1).T for piece in pieces], 0), dtype)
-    return _tiles.values(jnp.concatenate(pieces, -1).reshape(rows, -1), dtype)
+        last = min(width.s, width.k - where[2][0] * width.s) * filters if joined else slab.shape[-1]
+        pieces.append(lax.slice(slab, (*offsets, 0), (*limits, last), (*strides, 1)))
+    return pieces

@@ -132,7 +132,7 @@ def work(call: Call, *, gradient: bool) -> Work:
 def pieces(geometry: Geometry, *, gradient: bool) -> int:
     """Slices that the program holds."""
     if gradient:
-        return math.prod(axis.k for axis in geometry if axis.overlaps)
+        return _adjoint.pieces(geometry)
     depth, height = (sum(len(shifts(axis, range(*run))) for run in runs(axis)) for axis in geometry[:2])
     return depth * height * len(shifts(aligned(geometry[2])[0]))
 
