@@ -14,7 +14,8 @@
 The cost rule, in nanoseconds fitted on two cores of an x86 server, counts multiply-adds and the values that pass
 through the cache, ``MULTIPLY_ADD * multiply_adds + VALUE * values`` (`lowerings._work`): for `matmul` one product for
 every input, tap and filter; for `phases` the gathered shifts of the inputs, while it multiplies some zeros; for
-`winograd` the transformed inputs and products, while it multiplies a third as often.
+`winograd` the transformed inputs and products, while it multiplies half to a third as often. Since it rounds more, it
+must save a seventh.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 FILTERED = (3, 64)
 """Channels and filters of `winograd`: fewer make up short sums and more are summed in pieces, with less rounding."""
+
+WORTH = 0.85
+"""The share of the others' time that `winograd` must stay below: it rounds more, and ties are not worth that."""
 
 _EITHER_LAYOUT = ("phases", "winograd")
 """What reads and writes outputs with the filters second block by block; the others' outputs are transposed whole."""
@@ -70,17 +74,22 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         return "dilated", "the kernel has too many overlapping taps to gather or to add up"
     if forward and not overlaps and not form.channels_first:
         return "matmul", "no outputs overlap: one product, no zeros"
-    names = ["phases", *(["matmul"] if forward else []), *(["winograd"] if _may_filter(form) else [])]
+    names = ["phases", *(["matmul"] if forward else []), *(["winograd"] if _may_filter(form, forward) else [])]
     if names == ["phases"]:
         return "phases", "one gathering of patches serves both gradients"
     call = Call.of(form, batch, room_for("cpu", form, batch))
     costs = {name: cost(name, call, gradient=not forward) for name in names}
-    name = min(costs, key=lambda name: costs[name])
+    name = min(costs, key=lambda name: costs[name] / (WORTH if name == "winograd" else 1))
     return name, " against ".join(f"{name} {ns / 1e6:.2g} ms" for name, ns in costs.items()) + " by the cost rule"
 
 
-def _may_filter(form: Any) -> bool:
-    """Whether `winograd` can do it, and its rounding stays within four times that of the direct sum."""
+def _may_filter(form: Any, forward: bool) -> bool:
+    """Whether `winograd` can do it, and its rounding stays within four times that of the direct sum.
+
+    Not where it would write cells of several outputs with the filters second, piece by piece.
+    """
+    if forward and form.channels_first and any(axis.s > 1 for axis in form.geometry):
+        return False
     plain = form.sums == jnp.float32 and all(jnp.issubdtype(dtype, jnp.floating) for dtype in form.dtypes)
     configured = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     asked = configured if form.precision is None else form.precision

@@ -82,7 +82,7 @@ def conv3d_transpose(
         integers; float16 and bfloat16 are summed in float32 and rounded once.
       output_size: the wanted ``(D, H, W)`` of the result, in place of ``output_padding``.
       implementation: "auto", or a lowering by name: "dilated" (one `conv_general_dilated`), "matmul", "phases", or
-        "winograd" (stride 1 and 3 taps in height). All give the same result within rounding.
+        "winograd" (at most 3 inputs to an output). All give the same result within rounding.
 
     Returns:
       ``(..., D', H', W', F)``, or ``(..., F, D', H', W')`` with "channels_first".

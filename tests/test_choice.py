@@ -75,7 +75,7 @@ def test_auto_on_cpu_writes_products_where_filters_are_few_and_gathers_patches_w
 
 @pytest.mark.parametrize("sizes", [(64, 1), (8, 32)])
 @pytest.mark.parametrize("kind", ["inputs", "kernel", "gradients"])
-@pytest.mark.parametrize(("kernel", "strides"), [(2, 2), (3, 2), (3, 1)])
+@pytest.mark.parametrize(("kernel", "strides"), [(2, 2), (3, 2), (5, 5)])
 def test_auto_on_cpu_gathers_patches_for_the_gradients(kernel, strides, kind, sizes) -> None:
     assert _choice.choose(kind, "cpu", form(kernel, strides, *sizes), 1) == "phases"
 

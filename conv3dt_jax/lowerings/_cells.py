@@ -6,7 +6,7 @@ of cells ``[m0, m0 + b)`` needs the inputs from ``m0 - max(a)`` to ``m0 + b - 1 
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from jax import lax
 
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings import _tiles
+from conv3dt_jax.lowerings._result import Part, Result
 
 MOST_RUNS = 3
 """Runs of an axis beyond which all residues are one: the program must not grow with the stride."""
@@ -37,6 +38,16 @@ def shifts(axis: Axis, residues: Sequence[int] | None = None) -> list[int]:
 def span(axis: Axis) -> int:
     """How many more inputs than cells a block needs."""
     return shifts(axis)[-1] - shifts(axis)[0]
+
+
+def aligned(axis: Axis) -> tuple[Axis, int]:
+    """The axis with its window begun up to ``s - 1`` outputs earlier, where that needs fewer products; and how many.
+
+    With a kernel of 4, a stride of 2 and lo = 1 the cells need shifts -1, 0 and 1; begun one earlier, 0 and 1.
+    """
+    early = [dataclasses.replace(axis, lo=axis.lo - e, out=axis.out + e) for e in range(min(axis.s, axis.ke))]
+    best = min(range(len(early)), key=lambda e: cells(early[e]) * len(shifts(early[e])))
+    return early[best], best
 
 
 def runs(axis: Axis) -> list[tuple[int, int]]:
@@ -74,10 +85,6 @@ def _size(geometry: Geometry) -> int:
     return math.prod(axis.out for axis in geometry)
 
 
-Part = tuple[jax.Array, tuple[int, int]]
-"""``(n, cells, rd, cells, rh, width, F)``, or F second, and the first residues rd and rh in their cells."""
-
-
 def walk(
     inputs: jax.Array,
     geometry: Geometry,
@@ -109,15 +116,21 @@ def walk(
     """
     depth, height, width = geometry
     given, inputs = inputs.dtype, _tiles.bits(inputs)
-    each_c, each_f = inputs.shape[-1] // blocks, filters // blocks
+    each_c = inputs.shape[-1] // blocks
     if any(axis.wraps for axis in geometry) or 2 * math.prod(inputs.shape[1:]) <= _size(geometry) * filters:
         inputs, offsets = extend(inputs, geometry), [0, 0, 0]
     else:  # padding all of it would cost more than padding every block
         offsets = [-shifts(axis)[-1] for axis in geometry]
     walked = (spans[2], spans[3], _tiles.Span(cells(width), cells(width)))
-    lines = width.out - crop
-    whole = all(axis.out % axis.s == 0 for axis in (depth, height))
-    ordered = functools.partial(_tiles.ordered, channels_first)
+    found = Result(
+        out=(depth.out, height.out, width.out - crop),
+        steps=(depth.s, height.s),
+        crops=(0, 0),
+        spans=spans,
+        filters=filters,
+        dtype=result,
+        channels_first=channels_first,
+    )
     fill = jnp.zeros((filters,), result) if bias is None else bias.astype(result)
 
     def body(starts: list[Any], outputs: jax.Array) -> jax.Array:
@@ -133,50 +146,6 @@ def walk(
         slab = _tiles.read(inputs, windows)
         if given != dtype:
             slab = _tiles.values(slab, given).astype(dtype)
-        parts = compute(slab, group, starts)
-        first = group * each_f
-        if whole:
-            return put(outputs, parts, (sample, *corner, first))
-        sizes = (
-            spans[0].block,
-            *(n for cut, axis in zip(spans[2:], geometry[:2], strict=True) for n in (cut.block, axis.s)),
-        )
-        block = filled(lax.dynamic_slice_in_dim(fill, first, each_f), *sizes)
-        block = put(block, parts, (0, 0, 0, 0))
-        block = block.reshape(ordered(sizes[0], sizes[1] * sizes[2], sizes[3] * sizes[4], lines, each_f))
-        for (d, n), (h, m) in itertools.product(*(_rows(*pair) for pair in zip(geometry[:2], spans[2:], strict=True))):
-            part = lax.slice(block, ordered(0, d, h, 0, 0), ordered(sizes[0], d + n, h + m, lines, each_f))
-            place = ordered(sample, corner[0] * depth.s + d, corner[1] * height.s + h, 0, first)
-            outputs = _tiles.put(outputs, part, place)
-        return outputs
+        return found.put(outputs, compute(slab, group, starts), starts, fill)
 
-    def put(outputs: jax.Array, parts: Sequence[Part], starts: Sequence[Any]) -> jax.Array:
-        sample, d, h, first = starts
-        for part, (d0, h0) in parts:
-            place = ordered(sample, d, d0, h, h0, 0, first)
-            outputs = part if part.shape == outputs.shape else _tiles.put(outputs, part, place)
-        return outputs
-
-    def filled(fill: jax.Array, *sizes: Any) -> jax.Array:
-        shape = ordered(*sizes, lines, fill.shape[0])
-        return _tiles.bits(lax.broadcast_in_dim(fill, shape, (1 if channels_first else len(shape) - 1,)))
-
-    cells_of = (spans[2].length, depth.s, spans[3].length, height.s) if whole else (depth.out, height.out)
-    outputs = _tiles.for_each_tile(spans, body, filled(fill, inputs.shape[0], *cells_of))
-    outputs = _tiles.values(outputs, result)
-    return outputs.reshape(ordered(outputs.shape[0], depth.out, height.out, lines, filters))
-
-
-def _rows(axis: Axis, span: _tiles.Span) -> list[tuple[int, int]]:
-    """The outputs of a block of cells along an axis, as ``(start, length)`` in the order of their writing.
-
-    The last block may stick out of the result. What may stick out is written first: it is moved back then, over
-    outputs that the second write mends.
-    """
-    length = span.block * axis.s
-    outside = span.length * axis.s - axis.out
-    inside = length - outside
-    if outside == 0 or span.count == 1:
-        return [(0, inside)]
-    tails = [(start, min(inside, length - start)) for start in range(inside, length, inside)]
-    return [*tails, (0, inside)]
+    return found.finished(_tiles.for_each_tile(spans, body, found.filled(fill)))

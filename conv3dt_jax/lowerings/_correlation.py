@@ -1,74 +1,32 @@
 """Correlations by minimal filtering in depth and height, block by block; and their gradients for the taps.
 
-In depth two outputs at a time, in height four, take 4 and 6 products instead of 6 and 12 (`_minimal`); the taps in
-width lie side by side. Dilated lines are interleaved ones.
+A few cells at a time take fewer products (`_minimal`, `_lines`); the taps in width lie side by side.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from conv3dt_jax._geometry import Axis
-from conv3dt_jax.lowerings import _minimal, _tiles
+from conv3dt_jax.lowerings import _tiles
+from conv3dt_jax.lowerings._lines import Line, Tiles, tiles_of
 from conv3dt_jax.lowerings._minimal import combine
-
-DEPTH = {1: _minimal.NONE, 3: _minimal.F23}
-HEIGHT = {3: _minimal.F43}
-"""The algorithm for so many taps."""
-
-
-class Line(NamedTuple):
-    """One axis of a correlation: ``out[i] = sum_t in[i + offset + t * d] taps[t]``."""
-
-    offset: int
-    k: int
-    d: int
-    out: int
-
-    @classmethod
-    def forward(cls, axis: Axis) -> Line:
-        return cls(axis.lo - (axis.k - 1) * axis.d, axis.k, axis.d, axis.out)
-
-    @classmethod
-    def adjoint(cls, axis: Axis) -> Line:
-        return cls(-axis.lo, axis.k, axis.d, axis.n)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """An axis in tiles: ``unit`` outputs are ``outputs`` of the algorithm for each of ``d`` interleaved lines."""
-
-    line: Line
-    algorithm: _minimal.Algorithm
-
-    @property
-    def unit(self) -> int:
-        return self.algorithm.outputs * self.line.d
-
-    @property
-    def count(self) -> int:
-        return -(-self.line.out // self.unit)
-
-
-def tiles_of(lines: Sequence[Line]) -> tuple[Tiles, Tiles]:
-    return Tiles(lines[0], DEPTH[lines[0].k]), Tiles(lines[1], HEIGHT[lines[1].k])
+from conv3dt_jax.lowerings._result import Part, Result
 
 
 @dataclasses.dataclass(frozen=True)
 class Correlation:
-    """What is static about a correlation of ``(N, D, H, W, I)`` to ``(N, *out, O)``.
+    """What is static about a correlation.
 
     Attributes:
       lines: the axes.
-      channels: O.
+      channels: of what is found.
       blocks: B, of groups, see `_blocks`.
       dtype: of the sums.
       result: dtype of the correlation.
@@ -86,14 +44,27 @@ class Correlation:
     tile_bytes: int
     channels_first: tuple[bool, bool]
 
-    def spans(self, batch: Any, inner: int) -> tuple[_tiles.Span, ...]:
-        """The blocks of tiles, for ``inner`` channels of the array in a block."""
+    @property
+    def products(self) -> int:
+        return math.prod(axis.algorithm.products for axis in tiles_of(self.lines))
+
+    def spans(self, batch: Any, inner: int, outer: int, *, sums: bool) -> tuple[_tiles.Span, ...]:
+        """The blocks of tiles, for ``inner`` values taken and ``outer`` found of a cell.
+
+        Larger where ``sums`` of products with the taps' gradient are carried from block to block.
+        """
         depth, height = tiles_of(self.lines)
         width = self.lines[2]
-        products = depth.algorithm.products * height.algorithm.products
-        cell_bytes = products * depth.line.d * height.line.d * width.k * inner * self.dtype.itemsize
-        lengths = (batch, self.blocks, depth.count, height.count, width.out)
-        return _tiles.plan(lengths, cell_bytes, 2 * self.tile_bytes)
+        lanes = depth.line.d * height.line.d
+        cell_bytes = self.products * lanes * max(width.k * inner, outer) * self.dtype.itemsize
+        lengths = (batch, self.blocks, depth.count, height.count, width.cells)
+        planned = _tiles.plan(lengths, cell_bytes, (3 if sums else 2) * self.tile_bytes)
+        # A block that sticks out of the result at both ends holds two tiles.
+        least = [1, 1, *(2 if axis.line.found > 1 and axis.line.early else 1 for axis in (depth, height))]
+        return tuple(
+            _tiles.Span(span.length, span.block if size == 1 else min(max(span.block, size), span.length))
+            for span, size in zip(planned, least, strict=True)
+        )
 
 
 def correlate(
@@ -105,109 +76,149 @@ def correlate(
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """The correlation of ``array`` with ``taps``, and its gradient for the taps where ``other`` is the cotangent.
 
+    I and O count what a cell of either side holds: the channels, times the elements of the cell.
+
     Args:
-      array: ``(N, D, H, W, I)``, or ``(N, I, D, H, W)``.
+      array: ``(N, D, H, W, channels)``, or ``(N, channels, D, H, W)``.
       taps: ``(B, kd, kh, kw, I / B, O / B)`` or None.
-      other: ``(N, *out, O)`` or None.
+      other: ``(N, *length, channels)`` or None.
       static: the axes, and how to go about it.
-      bias: ``(O,)``, added to the correlation.
+      bias: ``(channels,)``, added to the correlation.
 
     Returns:
-      ``(N, *out, O)``, or ``(N, O, *out)``, or None, and ``(B, kd, kh, kw, I / B, O / B)`` or None.
+      ``(N, *length, channels)``, or ``(N, channels, *length)``, or None, and ``(B, kd, kh, kw, I / B, O / B)`` or None.
     """
-    depth, height = tiles = tiles_of(static.lines)
-    width, dtype, blocks = static.lines[2], static.dtype, static.blocks
+    tiles, width = tiles_of(static.lines), static.lines[2]
     array_first, found_first = static.channels_first
-    ordered = functools.partial(_tiles.ordered, found_first)
-    each_i, each_o = array.shape[1 if array_first else 4] // blocks, static.channels // blocks
-    batch, spans = array.shape[0], static.spans(array.shape[0], each_i)
+    each, each_o = array.shape[1 if array_first else 4] // static.blocks, static.channels // static.blocks
+    inner = each * math.prod(line.given for line in static.lines)
+    outer = each_o * math.prod(line.found for line in static.lines)
+    spans = static.spans(array.shape[0], inner, outer, sums=other is not None)
     matrices = None if taps is None else _matrices(taps, tiles)
-    space = (depth.count, depth.algorithm.outputs, depth.line.d, height.count, height.algorithm.outputs, height.line.d)
-
-    def multiply(patches: list[jax.Array], block: Any) -> list[jax.Array]:
-        """``(n, d, dd, h, dh, width, O / B)``, or O / B first, for every product."""
-        shape = (spans[0].block, spans[2].block, depth.line.d, spans[3].block, height.line.d, width.out)
-        made = []
-        for patch, matrix in zip(patches, matrices or [], strict=True):
-            weights = lax.dynamic_index_in_dim(matrix, block, keepdims=False)
-            if found_first:
-                part = lax.dot_general(weights, patch, (((0,), (1,)), ((), ())), precision=static.precision)
-                made.append(part.reshape(each_o, *shape))
-            else:
-                made.append(lax.dot(patch, weights, precision=static.precision).reshape(*shape, each_o))
-        return made
+    result = Result(
+        out=tuple(line.length for line in static.lines),
+        steps=tuple(axis.unit * axis.line.found for axis in tiles),
+        crops=tuple(axis.line.early if axis.line.found > 1 else 0 for axis in tiles),
+        spans=spans,
+        filters=static.channels,
+        dtype=static.result,
+        channels_first=found_first,
+    )
+    fill = jnp.zeros((static.channels,), static.result)
 
     def body(starts: list[Any], carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        sample, block, d, h = starts
+        block = starts[1]
         found, sums = carry
-        patches = _patches(array, tiles, width, spans, starts, each_i, array_first, dtype)
+        patches = _patches(array, static, spans, starts, each)
         if matrices is not None:
-            for (p, q), part in _sum_up(multiply(patches, block), tiles).items():
-                part = _tiles.plus(part, bias, block * each_o, dim=0 if found_first else -1)
-                part = _tiles.bits(part.astype(static.result))
-                part = part.swapaxes(0, 1) if found_first else part
-                part = jnp.expand_dims(part, (3, 6) if found_first else (2, 5))
-                found = _tiles.put(found, part, ordered(sample, d, p, 0, h, q, 0, 0, block * each_o))
+            weights = [lax.dynamic_index_in_dim(matrix, block, keepdims=False) for matrix in matrices]
+            parts = _parts(patches, weights, static, spans, bias, block)
+            found = result.put(found, parts, starts, fill)
         if other is not None:
-            spread = _spread(other, tiles, width, spans, starts, each_o, dtype)
+            spread = _spread(other, tiles, width, spans, starts, outer, static.dtype)
             contract = (((0,), (0,)), ((), ()))
-            parts = [
+            made = [
                 lax.dot_general(s, p, contract, precision=static.precision)
                 for s, p in zip(spread, patches, strict=True)
             ]
             old = lax.dynamic_index_in_dim(sums, block, keepdims=False)
-            sums = lax.dynamic_update_index_in_dim(sums, old + jnp.stack(parts), block, 0)
+            sums = lax.dynamic_update_index_in_dim(sums, old + jnp.stack(made), block, 0)
         return found, sums
 
-    found = sums = None
-    if taps is not None:
-        found = _tiles.bits(jnp.zeros(ordered(batch, *space, width.out, static.channels), static.result))
+    found = None if taps is None else result.filled(fill)
+    sums = None
     if other is not None:
-        products = depth.algorithm.products * height.algorithm.products
-        sums = jnp.zeros((blocks, products, each_o, width.k * each_i), dtype)
+        sums = jnp.zeros((static.blocks, static.products, outer, width.k * inner), static.dtype)
     found, sums = _tiles.for_each_tile(spans, body, (found, sums))
     if found is not None:
-        found = _tiles.values(found, static.result)
-        found = found.reshape(ordered(batch, math.prod(space[:3]), math.prod(space[3:]), width.out, static.channels))
-        found = lax.slice(
-            found, (0,) * 5, ordered(batch, depth.line.out, height.line.out, width.out, static.channels)
-        )  # fmt: skip
+        found = result.finished(found)
     if sums is not None:
-        sums = _taps(sums.reshape(blocks, products, each_o, width.k, each_i), tiles)
+        sums = _taps(sums.reshape(*sums.shape[:3], width.k, inner), tiles)
     return found, sums
 
 
-def _patches(
-    array: jax.Array,
-    tiles: Sequence[Tiles],
-    width: Line,
+def _parts(
+    patches: list[jax.Array],
+    weights: list[jax.Array],
+    static: Correlation,
     spans: Any,
-    starts: Any,
-    channels: int,
-    channels_first: bool,
-    dtype: Any,
-) -> list[jax.Array]:
+    bias: jax.Array | None,
+    block: Any,
+) -> list[Part]:
+    """The products, summed up: for each output of a tile its elements."""
+    depth, height = tiles = tiles_of(static.lines)
+    width, found_first = static.lines[2], static.channels_first[1]
+    found = [line.found for line in static.lines]
+    each = static.channels // static.blocks
+    cells = (spans[0].block, spans[2].block, depth.line.d, spans[3].block, height.line.d, width.cells)
+    if found_first:
+        contract = (((0,), (1,)), ((), ()))
+        made = [
+            lax.dot_general(matrix, patch, contract, precision=static.precision).reshape(*found, each, *cells)
+            for matrix, patch in zip(weights, patches, strict=True)
+        ]
+        order, filters_dim, row = (4, 3, 5, 6, 0, 7, 8, 1, 9, 2), 3, 6
+    else:
+        made = [
+            lax.dot(patch, matrix, precision=static.precision).reshape(*cells, *found, each)
+            for matrix, patch in zip(weights, patches, strict=True)
+        ]
+        order, filters_dim, row = (0, 1, 2, 6, 3, 4, 7, 5, 8, 9), 9, 5
+    parts = []
+    crop = width.early if width.found > 1 else 0
+    for (p, q), part in _sum_up(made, tiles).items():
+        part = _tiles.plus(part, bias, block * each, dim=filters_dim)
+        part = _tiles.bits(part.astype(static.result)).transpose(order)
+        sizes = (depth.line.d * found[0], spans[3].block, height.line.d * found[1], width.cells * found[2])
+        part = part.reshape(_tiles.ordered(found_first, spans[0].block, spans[2].block, *sizes, each))
+        part = lax.slice_in_dim(part, crop, crop + width.length, axis=row)
+        parts.append((part, (p * sizes[0], q * sizes[2])))
+    return parts
+
+
+def _patches(array: jax.Array, static: Correlation, spans: Any, starts: Any, channels: int) -> list[jax.Array]:
     """For every product ``(rows, kw * I)``: the transformed inputs of a block of tiles."""
-    sample, block, *corner = starts
-    windows = [_tiles.Window.of(spans[0], sample)]
-    for axis, span, start in zip(tiles, spans[2:], corner, strict=True):
-        extent = axis.unit - 1 + (axis.line.k - 1) * axis.line.d
-        windows.append(_tiles.Window.of(span, start, scale=axis.unit, offset=axis.line.offset, extent=extent))
-    reach = (width.k - 1) * width.d
-    windows.append(_tiles.Window(width.offset, width.out + reach, width.offset, width.offset))
-    dim = 1 if channels_first else 4
-    windows.insert(dim, _tiles.Window(block * channels, channels, 0, array.shape[dim] - channels))
-    slab = _tiles.materialized(lambda: jnp.moveaxis(_read(array, windows, dtype), dim, -1), starts)
-    depth, height = tiles
+    depth, height = tiles_of(static.lines)
+    width = static.lines[2]
+    slab = _tiles.materialized(lambda: _slab(array, static, spans, starts, channels), starts)
     rows = slab.shape[1] // depth.line.d, depth.line.d, slab.shape[2] // height.line.d, height.line.d
     slab = slab.reshape(slab.shape[0], *rows, *slab.shape[3:])
     found = []
     for first in _transformed(slab, 1, depth, spans[2].block):
         for part in _transformed(lax.optimization_barrier(first), 3, height, spans[3].block):
             part = lax.optimization_barrier(part)
-            parts = [lax.slice_in_dim(part, t * width.d, t * width.d + width.out, axis=5) for t in range(width.k)]
-            found.append(jnp.concatenate(parts, -1).reshape(-1, width.k * channels))
+            parts = [lax.slice_in_dim(part, t * width.d, t * width.d + width.cells, axis=5) for t in range(width.k)]
+            found.append(jnp.concatenate(parts, -1).reshape(-1, width.k * slab.shape[-1]))
     return found
+
+
+def _slab(array: jax.Array, static: Correlation, spans: Any, starts: Any, channels: int) -> jax.Array:
+    """``(n, cells, cells, cells, I)`` of the array that a block of tiles needs."""
+    sample, block, *corner = starts
+    windows = [_tiles.Window.of(spans[0], sample)]
+    for axis, span, start in zip(tiles_of(static.lines), spans[2:], corner, strict=True):
+        windows.append(_window(axis.line, axis.unit, span, start))
+    windows.append(_window(static.lines[2], 1, _tiles.Span(static.lines[2].cells, static.lines[2].cells), 0))
+    dim = 1 if static.channels_first[0] else 4
+    windows.insert(dim, _tiles.Window(block * channels, channels, 0, array.shape[dim] - channels))
+    slab = jnp.moveaxis(_read(array, windows, static.dtype), dim, -1)
+    given = [line.given for line in static.lines]
+    counts = [(size // n, n) for size, n in zip(slab.shape[1:4], given, strict=True)]
+    slab = slab.reshape(slab.shape[0], *(n for pair in counts for n in pair), channels)
+    slab = slab.transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    return slab.reshape(*slab.shape[:4], -1)
+
+
+def _window(line: Line, unit: int, span: _tiles.Span, start: Any) -> _tiles.Window:
+    """What the cells of a block need of the array, in elements."""
+    early = line.early if line.given > 1 else 0
+    return _tiles.Window.of(
+        span,
+        start,
+        scale=unit * line.given,
+        offset=line.offset * line.given - early,
+        extent=(unit + (line.k - 1) * line.d) * line.given - 1,
+    )
 
 
 def _matrices(taps: jax.Array, tiles: Sequence[Tiles]) -> list[jax.Array]:
@@ -274,7 +285,7 @@ def _spread(
     windows = [_tiles.Window.of(spans[0], sample)]
     for axis, span, start in zip(tiles, spans[2:], corner, strict=True):
         windows.append(_tiles.Window.of(span, start, scale=axis.unit, extent=axis.unit - 1))
-    windows.append(_tiles.Window(0, width.out, 0, 0))
+    windows.append(_tiles.Window(0, width.cells, 0, 0))
     windows.append(_tiles.Window(block * channels, channels, 0, other.shape[-1] - channels))
     slab = _read(other, windows, dtype)
     depth, height = tiles

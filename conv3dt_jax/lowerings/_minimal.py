@@ -37,6 +37,13 @@ class Algorithm:
 NONE = Algorithm(data=((1,),), taps=((1,),), sums=((1,),))
 """One tap."""
 
+F32 = Algorithm(
+    data=((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, -1, 0, 1)),
+    taps=((1, 0), (1 / 2, 1 / 2), (1 / 2, -1 / 2), (0, 1)),
+    sums=((1, 1, 1, 0), (0, 1, -1, 0), (0, 1, 1, 1)),
+)
+"""Three outputs of two taps by 4 products, from the points 0, 1, -1 and infinity."""
+
 F23 = Algorithm(
     data=((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
     taps=((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),

@@ -24,9 +24,10 @@ from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry, tap_phases
 from conv3dt_jax.lowerings import _blocks, _tiles
-from conv3dt_jax.lowerings._cells import Part, cells, shifts, span, walk
+from conv3dt_jax.lowerings._cells import cells, shifts, span, walk
 from conv3dt_jax.lowerings._contract import contract
 from conv3dt_jax.lowerings._depth_to_space import depth_to_space
+from conv3dt_jax.lowerings._result import Part
 from conv3dt_jax.lowerings._transposes import transposes
 from conv3dt_jax.lowerings._work import Call, Work
 

@@ -15,7 +15,6 @@ The work goes block by block (`_tiles`): the patches stay in the cache and the r
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -28,7 +27,8 @@ from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings import _adjoint, _blocks, _tiles
-from conv3dt_jax.lowerings._cells import Part, cells, joined, runs, shifts, walk
+from conv3dt_jax.lowerings._cells import aligned, cells, joined, runs, shifts, walk
+from conv3dt_jax.lowerings._result import Part
 from conv3dt_jax.lowerings._work import Call, Work, nanoseconds
 
 gradients = _adjoint.gradients
@@ -41,16 +41,6 @@ def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
     if not all(isinstance(axis.out, int) for axis in geometry):
         return "it cuts the input into blocks and needs spatial sizes that are known when it is traced"
     return None
-
-
-def aligned(axis: Axis) -> tuple[Axis, int]:
-    """The axis with its window begun up to ``s - 1`` outputs earlier, where that needs fewer products; and how many.
-
-    With a kernel of 4, a stride of 2 and lo = 1 the cells need shifts -1, 0 and 1; begun one earlier, 0 and 1.
-    """
-    early = [dataclasses.replace(axis, lo=axis.lo - e, out=axis.out + e) for e in range(min(axis.s, axis.ke))]
-    best = min(range(len(early)), key=lambda e: cells(early[e]) * len(shifts(early[e])))
-    return early[best], best
 
 
 def outputs(

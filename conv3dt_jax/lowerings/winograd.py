@@ -11,6 +11,8 @@ error of the direct sum (`python -m benchmarks.accuracy`). A non-finite input re
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,11 +20,15 @@ from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Geometry
 from conv3dt_jax.lowerings import _blocks, _tiles
-from conv3dt_jax.lowerings._correlation import DEPTH, HEIGHT, Correlation, Line, correlate, tiles_of
+from conv3dt_jax.lowerings._correlation import Correlation, correlate
+from conv3dt_jax.lowerings._lines import DEPTH, HEIGHT, Line, filters_to_phases, phases_to_filters, tiles_of
 from conv3dt_jax.lowerings._work import Call, Work
 
-TRANSFORM = 8
+TRANSFORM = 3
 """What a value of a transformed kernel costs, in values of transformed inputs."""
+
+SHORT_RUN = 16
+"""Channels side by side below which values are moved at half the pace."""
 
 
 def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
@@ -31,10 +37,14 @@ def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
         return f"it multiplies with fractions, which {jnp.dtype(sums).name} does not hold"
     if not all(isinstance(axis.out, int) for axis in geometry):
         return "it cuts the input into tiles and needs spatial sizes that are known when it is traced"
-    if any(axis.s > 1 or axis.wraps for axis in geometry):
-        return "it is for strides of 1 and no circular padding"
-    if geometry[0].k not in DEPTH or geometry[1].k not in HEIGHT:
-        return "it is for kernels of 1 or 3 in depth and 3 in height"
+    if any(axis.wraps for axis in geometry):
+        return "it is for other paddings than circular"
+    depth, height, _ = map(Line.forward, geometry)
+    if depth.k not in DEPTH or height.k not in HEIGHT or depth.k == height.k == 1:
+        return (
+            "it is for outputs that at most 3 inputs reach in depth and height, and 2 in one of them; "
+            f"here they are {depth.k} and {height.k}"
+        )
     return None
 
 
@@ -43,16 +53,20 @@ def work(call: Call, *, gradient: bool) -> Work:
     lines = [(Line.adjoint if gradient else Line.forward)(axis) for axis in call.geometry]
     depth, height = tiles_of(lines)
     width = lines[2]
-    rows = call.batch * depth.count * depth.line.d * height.count * height.line.d * width.out
+    rows = call.batch * depth.count * depth.line.d * height.count * height.line.d * width.cells
     products = depth.algorithm.products * height.algorithm.products
     blocks = _blocks.count(call.groups, call.channels, call.filters)
-    inner, outer = (call.filters, call.channels) if gradient else (call.channels, call.filters)
+    filters = call.filters * math.prod(axis.s for axis in call.geometry)
+    inner, outer = (filters, call.channels) if gradient else (call.channels, filters)
     times = 2 if gradient else 1
     patches = rows * products * width.k * inner
     matrices = products * width.k * inner * outer // blocks
-    turns = -(-patches * call.itemsize // (2 * call.tile_bytes))
+    largest = (3 if gradient else 2) * call.tile_bytes
+    turns = -(-patches * call.itemsize // largest)
     values = patches + times * (rows * products * outer + matrices * (TRANSFORM + turns))
-    room = min(patches * call.itemsize, 2 * call.tile_bytes)
+    if inner < SHORT_RUN * math.prod(line.given for line in lines) * blocks:
+        values *= 2
+    room = min(patches * call.itemsize, largest)
     multiply_adds = times * rows * products * width.k * inner * outer // blocks
     return Work(multiply_adds, values, room + 2 * matrices * call.itemsize)
 
@@ -75,7 +89,8 @@ def outputs(
     To ``(N, F, *out)`` with ``channels_first``.
     """
     dtype = _tiles.widest(accumulate, inputs, kernel)
-    taps = jnp.flip(_blocks.split_kernel(kernel.astype(dtype), groups), (1, 2, 3)).swapaxes(4, 5)
+    taps = phases_to_filters(_blocks.split_kernel(kernel.astype(dtype), groups), geometry)
+    taps = jnp.flip(taps, (1, 2, 3)).swapaxes(4, 5)
     taps = lax.optimization_barrier(taps)  # transposed once, not in every sum of `_matrices`
     correlation = Correlation(
         lines=tuple(Line.forward(axis) for axis in geometry),
@@ -110,7 +125,9 @@ def gradients(
     filters = cotangent.shape[1 if channels_first else 4]
     dtype = _tiles.widest(accumulate, cotangent, *(a for a in (inputs, kernel) if a is not None))
     blocks = _blocks.count(groups, channels, filters)
-    taps = None if kernel is None else _blocks.split_kernel(kernel.astype(dtype), groups)
+    taps = None
+    if kernel is not None:
+        taps = phases_to_filters(_blocks.split_kernel(kernel.astype(dtype), groups), geometry)
     correlation = Correlation(
         lines=tuple(Line.adjoint(axis) for axis in geometry),
         channels=channels,
@@ -123,5 +140,5 @@ def gradients(
     )
     dx, dw = correlate(cotangent, taps, inputs, correlation)
     if dw is not None:
-        dw = _blocks.join_kernel(dw, groups, filters, channels)
+        dw = _blocks.join_kernel(filters_to_phases(dw, geometry), groups, filters, channels)
     return dx, dw
