@@ -74,7 +74,7 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         return "dilated", "the kernel has too many overlapping taps to gather or to add up"
     if forward and not overlaps and not form.channels_first:
         return "matmul", "no outputs overlap: one product, no zeros"
-    names = ["phases", *(["matmul"] if forward else []), *(["winograd"] if _may_filter(form, forward) else [])]
+    names = ["phases", *(["matmul"] if forward else []), *(["winograd"] if _may_filter(form) else [])]
     if names == ["phases"]:
         return "phases", "one gathering of patches serves both gradients"
     call = Call.of(form, batch, room_for("cpu", form, batch))
@@ -83,12 +83,12 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
     return name, " against ".join(f"{name} {ns / 1e6:.2g} ms" for name, ns in costs.items()) + " by the cost rule"
 
 
-def _may_filter(form: Any, forward: bool) -> bool:
+def _may_filter(form: Any) -> bool:
     """Whether `winograd` can do it, and its rounding stays within four times that of the direct sum.
 
-    Not where it would write cells of several outputs with the filters second, piece by piece.
+    With strides it is there by name only: its temporaries and its program can be larger than `phases` needs.
     """
-    if forward and form.channels_first and any(axis.s > 1 for axis in form.geometry):
+    if any(axis.s > 1 for axis in form.geometry):
         return False
     plain = form.sums == jnp.float32 and all(jnp.issubdtype(dtype, jnp.floating) for dtype in form.dtypes)
     configured = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]

@@ -48,17 +48,14 @@ class Correlation:
     def products(self) -> int:
         return math.prod(axis.algorithm.products for axis in tiles_of(self.lines))
 
-    def spans(self, batch: Any, inner: int, outer: int, *, sums: bool) -> tuple[_tiles.Span, ...]:
-        """The blocks of tiles, for ``inner`` values taken and ``outer`` found of a cell.
-
-        Larger where ``sums`` of products with the taps' gradient are carried from block to block.
-        """
+    def spans(self, batch: Any, inner: int, outer: int) -> tuple[_tiles.Span, ...]:
+        """The blocks of tiles, for ``inner`` values taken and ``outer`` found of a cell."""
         depth, height = tiles_of(self.lines)
         width = self.lines[2]
         lanes = depth.line.d * height.line.d
         cell_bytes = self.products * lanes * max(width.k * inner, outer) * self.dtype.itemsize
         lengths = (batch, self.blocks, depth.count, height.count, width.cells)
-        planned = _tiles.plan(lengths, cell_bytes, (3 if sums else 2) * self.tile_bytes)
+        planned = _tiles.plan(lengths, cell_bytes, 2 * self.tile_bytes)
         # A block that sticks out of the result at both ends holds two tiles.
         least = [1, 1, *(2 if axis.line.found > 1 and axis.line.early else 1 for axis in (depth, height))]
         return tuple(
@@ -93,7 +90,7 @@ def correlate(
     each, each_o = array.shape[1 if array_first else 4] // static.blocks, static.channels // static.blocks
     inner = each * math.prod(line.given for line in static.lines)
     outer = each_o * math.prod(line.found for line in static.lines)
-    spans = static.spans(array.shape[0], inner, outer, sums=other is not None)
+    spans = static.spans(array.shape[0], inner, outer)
     matrices = None if taps is None else _matrices(taps, tiles)
     result = Result(
         out=tuple(line.length for line in static.lines),

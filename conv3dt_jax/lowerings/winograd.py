@@ -62,7 +62,7 @@ def work(call: Call, *, gradient: bool) -> Work:
     times = 2 if gradient else 1
     patches = rows * products * width.k * inner
     matrices = products * width.k * inner * outer // blocks
-    largest = (3 if gradient else 2) * call.tile_bytes
+    largest = 2 * call.tile_bytes
     turns = -(-patches * call.itemsize // largest)
     values = patches + times * (rows * products * outer + matrices * (TRANSFORM + turns))
     if inner < SHORT_RUN * math.prod(line.given for line in lines) * blocks:
