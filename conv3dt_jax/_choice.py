@@ -74,34 +74,34 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         return "dilated", "the kernel has too many overlapping taps to gather or to add up"
     if forward and not overlaps and not form.channels_first:
         return "matmul", "no outputs overlap: one product, no zeros"
-    names = ["phases", *(["matmul"] if forward else []), *(["winograd"] if _may_filter(form) else [])]
+    call = Call.of(form, batch, room_for("cpu", form, batch))
+    names = ["phases", *(["matmul"] if forward else []), *(["winograd"] if _may_filter(form, call, forward) else [])]
     if names == ["phases"]:
         return "phases", "one gathering of patches serves both gradients"
-    call = Call.of(form, batch, room_for("cpu", form, batch))
     costs = {name: cost(name, call, gradient=not forward) for name in names}
     name = min(costs, key=lambda name: costs[name] / (WORTH if name == "winograd" else 1))
     return name, " against ".join(f"{name} {ns / 1e6:.2g} ms" for name, ns in costs.items()) + " by the cost rule"
 
 
-def _may_filter(form: Any) -> bool:
+def _may_filter(form: Any, call: Call, forward: bool) -> bool:
     """Whether `winograd` can do it, and its rounding stays within four times that of the direct sum.
 
-    With strides it is there by name only: its temporaries and its program can be larger than `phases` needs.
+    Not where it would write cells of several outputs with the filters second, piece by piece; and not where its
+    temporaries would be larger than operands and result.
     """
-    if any(axis.s > 1 for axis in form.geometry):
+    if winograd.refusal(form.geometry, form.sums) is not None:
+        return False
+    if forward and form.channels_first and any(axis.s > 1 for axis in form.geometry):
+        return False
+    held = sum(math.prod(shape) for shape in _shapes(form, call.batch)) * form.sums.itemsize
+    if winograd.work(call, gradient=not forward).temporary_bytes > held:
         return False
     plain = form.sums == jnp.float32 and all(jnp.issubdtype(dtype, jnp.floating) for dtype in form.dtypes)
     configured = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     asked = configured if form.precision is None else form.precision
     default = asked in (None, "default", jax.lax.Precision.DEFAULT, (jax.lax.Precision.DEFAULT,) * 2)
     few, many = sorted((form.channels // form.groups, form.filters // form.groups))
-    return (
-        plain
-        and default
-        and FILTERED[0] <= few
-        and many <= FILTERED[1]
-        and winograd.refusal(form.geometry, form.sums) is None
-    )
+    return plain and default and FILTERED[0] <= few and many <= FILTERED[1]
 
 
 def cost(name: str, call: Call, *, gradient: bool) -> float:
@@ -112,8 +112,12 @@ def cost(name: str, call: Call, *, gradient: bool) -> float:
 
 def room_for(platform: str, form: Any, batch: Any) -> int:
     """Bytes of a block, see `_tiles.tile_bytes`."""
-    shapes = (form.inputs_shape(batch), form.kernel_shape(), form.outputs_shape(batch))
-    return tile_bytes(platform, *shapes, itemsize=form.sums.itemsize)
+    return tile_bytes(platform, *_shapes(form, batch), itemsize=form.sums.itemsize)
+
+
+def _shapes(form: Any, batch: Any) -> tuple[Any, ...]:
+    """Of the inputs, the kernel and the outputs."""
+    return form.inputs_shape(batch), form.kernel_shape(), form.outputs_shape(batch)
 
 
 def check_named(implementation: str, geometry: Geometry, sums: Any) -> None:

@@ -136,6 +136,7 @@ def form(space=(32, 32, 32), channels=32, filters=32, dtype="float32", precision
 def test_auto_takes_it_for_sums_in_float32_at_the_default_precision_only(kind) -> None:
     choose = lambda **kwargs: _choice.choose(kind, "cpu", form(**kwargs), 1)
     assert choose() == choose(precision="default") == choose(dilation_rate=2) == choose(dtype="bfloat16") == "winograd"
+    assert choose(strides=2, kernel=4) == choose(strides=2, kernel=5) == "winograd"
     assert choose(precision="highest") == choose(dtype="complex64") == choose(strides=3, kernel=4) == "phases"
     with jax.default_matmul_precision("float32"):
         assert choose() == "phases"
