@@ -138,6 +138,7 @@ def test_auto_takes_it_for_sums_in_float32_at_the_default_precision_only(kind) -
     assert choose() == choose(precision="default") == choose(dilation_rate=2) == choose(dtype="bfloat16") == "winograd"
     assert choose(strides=2, kernel=4) == choose(strides=2, kernel=5) == "winograd"
     assert choose(precision="highest") == choose(dtype="complex64") == choose(strides=3, kernel=4) == "phases"
+    assert choose(strides=2, dtype="bfloat16") == "phases"  # multiplied twice as fast there
     with jax.default_matmul_precision("float32"):
         assert choose() == "phases"
 
