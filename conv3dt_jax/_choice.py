@@ -72,7 +72,7 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         if math.prod(axis.k for axis in geometry) * form.filters // form.groups <= _MOST_PRODUCTS:
             return "matmul", "the kernel has too many overlapping taps to gather, and few products"
         return "dilated", "the kernel has too many overlapping taps to gather or to add up"
-    if forward and not overlaps and not form.channels_first:
+    if forward and not overlaps and (not form.channels_first or form.channels == form.groups):
         return "matmul", "no outputs overlap: one product, no zeros"
     call = Call.of(form, batch, room_for("cpu", form, batch))
     names = ["phases", *(["matmul"] if forward else []), *(["winograd"] if _may_filter(form, call, forward) else [])]

@@ -152,3 +152,15 @@ def test_equal_calls_compile_once(caplog: pytest.LogCaptureFixture) -> None:
         assert "Compiling" not in caplog.text
         c3t.conv3d_transpose(x, w, strides=2, padding="valid", output_padding=1)
         assert "Compiling" in caplog.text
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize(("k", "stride"), [(2, 2), (3, 2), (3, 1)])
+def test_one_channel_in_each_group_takes_one_pass_without_products_or_loops(k, stride, data_format) -> None:
+    shape = (1, 6, 5, 4, 6) if data_format == "channels_last" else (1, 6, 6, 5, 4)
+    x, w = jnp.ones(shape), jnp.ones((k, k, k, 2, 6))
+    run = functools.partial(c3t.conv3d_transpose, strides=stride, groups=6, data_format=data_format)
+    text = jax.jit(run).lower(x, w).as_text()
+    assert "stablehlo.multiply" in text
+    assert "stablehlo.dot_general" not in text
+    assert "stablehlo.while" not in text

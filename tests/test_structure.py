@@ -27,7 +27,7 @@ FLOORS = [
     },
     {"_spec", "lowerings._adjoint", "lowerings._result"},
     {"lowerings._cells"},
-    {"lowerings._lines"},
+    {"lowerings._lines", "lowerings._depthwise"},
     {"lowerings._correlation"},
     {"lowerings.dilated", "lowerings.matmul", "lowerings.phases", "lowerings.winograd"},
     {"_operands", "lowerings"},

@@ -44,8 +44,15 @@ def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
     return None
 
 
+def is_elementwise(call: Call) -> bool:
+    """Whether every output is one multiplication: XLA makes one pass of it, which holds nothing on the way."""
+    return call.channels == call.groups and not any(axis.overlaps for axis in call.geometry)
+
+
 def in_blocks(call: Call) -> bool:
     """Whether the products are too many to be made all at once."""
+    if is_elementwise(call):
+        return False
     products = math.prod(axis.k for axis in call.geometry) * call.filters
     held = products * call.batch * math.prod(axis.n for axis in call.geometry) * call.itemsize
     few = products < call.channels or not any(axis.overlaps for axis in call.geometry)
@@ -58,6 +65,8 @@ def work(call: Call, *, gradient: bool) -> Work:
     products = inputs * math.prod(axis.k for axis in call.geometry) * call.filters
     multiply_adds = products * call.channels // call.groups
     values, held = products, products * call.itemsize
+    if is_elementwise(call) and not gradient:
+        return Work(multiply_adds, values, 0)
     if gradient:
         return Work(2 * multiply_adds, 2 * values, 3 * held)
     if in_blocks(call):

@@ -8,7 +8,8 @@ Cut the kept window into cells of ``s`` outputs. Output ``m * s + r`` is reached
 For a block of cells the shifts ``x[m - a]`` are gathered side by side and multiplied with the kernels of many phases at
 once. All phases in width share a product, which keeps the rows of the result whole. In depth and height, phases that
 need the same shifts share one, and others have one of their own, so that no zeros are multiplied there; with few
-channels, where gathering shifts again costs more than zeros, all share one.
+channels, where gathering shifts again costs more than zeros, all share one. One channel in each group needs no product
+at all (`_depthwise`).
 
 The work goes block by block (`_tiles`): the patches stay in the cache and the result is written once.
 """
@@ -26,7 +27,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
-from conv3dt_jax.lowerings import _adjoint, _blocks, _tiles
+from conv3dt_jax.lowerings import _adjoint, _blocks, _depthwise, _tiles
 from conv3dt_jax.lowerings._cells import aligned, cells, joined, runs, shifts, walk
 from conv3dt_jax.lowerings._result import Part
 from conv3dt_jax.lowerings._work import Call, Work, nanoseconds
@@ -62,6 +63,10 @@ def outputs(
     """
     dtype, sums = _tiles.operand_dtype(accumulate, inputs, kernel), _tiles.widest(accumulate, inputs, kernel)
     result = sums if result is None else result
+    if inputs.shape[-1] == groups:
+        return _depthwise.outputs(
+            inputs, kernel, geometry, _phase_taps, sums=sums, result=result, bias=bias, channels_first=channels_first
+        )
     width, early = aligned(geometry[2])
     geometry = (*geometry[:2], width)
     filters = kernel.shape[3] * groups
@@ -102,6 +107,13 @@ def work(call: Call, *, gradient: bool) -> Work:
     """The gathered shifts, twice (cut out, then side by side), and the multiply-adds with the zeros of the width."""
     if gradient:
         return _adjoint.work(call)
+    if call.channels == call.groups:
+        shares = [aligned(axis)[0] for axis in call.geometry]
+        taken = math.prod(len(shifts(axis)) for axis in shares)
+        values = call.batch * math.prod(cells(axis) * axis.s for axis in shares) * call.filters
+        copies = call.filters if call.channels > 1 else 1
+        held = call.batch * math.prod(cells(axis) + len(shifts(axis)) - 1 for axis in shares) * copies
+        return Work(values * taken, values, held * call.itemsize)
     width, _ = aligned(call.geometry[2])
     depth, height = call.geometry[:2]
     windows = call.batch * math.prod(map(cells, (depth, height, width)))
