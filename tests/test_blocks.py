@@ -1,6 +1,7 @@
 """Walking a volume block by block changes nothing but the memory: values, gradients, temporaries."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -177,3 +178,17 @@ def test_16_bit_volumes_of_many_blocks_have_gradients(name, dtype) -> None:
     for got, want in zip(pullback(ct), (want_x, want_w), strict=True):
         assert got.dtype == dtype
         np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8, atol=1e-4 * np.abs(want).max())
+
+
+def test_the_kernel_gradient_of_bfloat16_multiplies_bfloat16() -> None:
+    """XLA:CPU widens both operands where the left one is contracted along its rows."""
+    x, w = jnp.ones((1, 16, 16, 16, 32), jnp.bfloat16), jnp.ones((3, 3, 3, 16, 32), jnp.bfloat16)
+
+    @jax.jit
+    def gradient(x: jax.Array, w: jax.Array, y: jax.Array) -> jax.Array:
+        return jax.vjp(lambda w: c3t.conv3d_transpose(x, w, strides=2, padding="same"), w)[1](y)[0]
+
+    y = jnp.ones((1, 32, 32, 32, 16), jnp.bfloat16)
+    text = gradient.lower(x, w, y).compile().as_text()
+    assert " dot(" in text
+    assert not re.search(r"f32\[(\d+,)*432\]\S* convert\(", text)  # 27 taps of 16 filters: the patches

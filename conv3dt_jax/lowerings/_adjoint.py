@@ -99,7 +99,8 @@ def gradients(
             if transposed:
                 part = lax.dot_general(patches, x, (((1,), (0,)), ((), ())), **static)
             else:  # the long side last: twice as fast as its transpose
-                part = lax.dot_general(x, patches, (((0,), (0,)), ((), ())), **static)
+                left, rows = (_tiles.turned(x, starts), 1) if dtype.itemsize == 2 else (x, 0)
+                part = lax.dot_general(left, patches, (((rows,), (0,)), ((), ())), **static)
             old = lax.dynamic_index_in_dim(dw, block, keepdims=False)
             dw = lax.dynamic_update_index_in_dim(dw, old + part, block, 0)
         return dx, dw

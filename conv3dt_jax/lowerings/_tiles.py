@@ -111,6 +111,12 @@ def plus(array: jax.Array, bias: jax.Array | None, start: Any = 0, dim: int = -1
     return array + lax.expand_dims(part, [i for i in range(array.ndim) if i != dim % array.ndim])
 
 
+def turned(matrix: jax.Array, starts: Any) -> jax.Array:
+    """The transpose, made before a product of 16-bit operands: a transposed left side is widened to float32 there."""
+    made = materialized(lambda: bits(matrix).T, starts)
+    return values(lax.optimization_barrier(made), matrix.dtype)
+
+
 def materialized(make: Callable[[], jax.Array], starts: Sequence[Any]) -> jax.Array:
     """Makes an array once: XLA:CPU would fuse a read, with its bounds, into all that use it, at twice the cost.
 
