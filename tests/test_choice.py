@@ -164,3 +164,14 @@ def test_one_channel_in_each_group_takes_one_pass_without_products_or_loops(k, s
     assert "stablehlo.multiply" in text
     assert "stablehlo.dot_general" not in text
     assert "stablehlo.while" not in text
+
+
+@pytest.mark.parametrize(("k", "stride", "padding"), [(2, 2, "same"), (3, 2, "same"), (3, 1, "circular")])
+def test_one_channel_and_filter_in_each_group_give_the_inputs_their_gradient_in_one_pass(k, stride, padding) -> None:
+    x, w = jnp.ones((1, 6, 5, 4, 6)), jnp.ones((k, k, k, 1, 6))
+    run = functools.partial(c3t.conv3d_transpose, strides=stride, padding=padding, groups=6)
+    y, pullback = jax.vjp(lambda x: run(x, w), x)
+    text = jax.jit(pullback).lower(y).as_text()
+    assert "stablehlo.multiply" in text
+    assert "stablehlo.dot_general" not in text
+    assert "stablehlo.while" not in text

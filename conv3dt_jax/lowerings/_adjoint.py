@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
-from conv3dt_jax.lowerings import _blocks, _tiles
+from conv3dt_jax.lowerings import _blocks, _depthwise, _tiles
 from conv3dt_jax.lowerings._work import Call, Work
 
 SHORT_RUN = 3
@@ -68,6 +68,14 @@ def gradients(
     for dim, axis in enumerate(geometry, start=2 if channels_first else 1):
         if axis.wraps:
             cotangent = _unwrap(cotangent, dim, axis)
+    elementwise = None
+    if kernel is not None and _depthwise.takes_gradient(geometry, channels, filters, groups):
+        elementwise = _depthwise.input_gradient(
+            cotangent, kernel, geometry, sums=sums, result=dx_dtype, channels_first=channels_first
+        )
+        kernel = None
+        if inputs is None:
+            return elementwise, None
     window = tuple(axis.k for axis in geometry)
     blocks = _blocks.count(groups, channels, filters)
     each_c, each_f = channels // blocks, filters // blocks
@@ -109,8 +117,7 @@ def gradients(
     shape = (columns, each_c) if transposed else (each_c, columns)
     dw = None if inputs is None else jnp.zeros((blocks, *shape), sums)
     dx, dw = _tiles.for_each_tile(spans, body, (dx, dw))
-    if dx is not None:
-        dx = _tiles.values(dx, dx_dtype)
+    dx = elementwise if dx is None else _tiles.values(dx, dx_dtype)
     if dw is not None:
         dw = dw if transposed else dw.swapaxes(1, 2)
         dw = _unorder(dw, geometry, each_f, each_c)

@@ -4,12 +4,17 @@
 
 with the shifts a and the residues r of `phases`. Written with the residues as axes of their own, all of it is one
 elementwise expression: XLA fuses it into one parallel loop that reads the inputs from the cache and holds nothing.
+
+So is the gradient for the inputs, where each group has one filter too: a sum over the taps,
+
+    dx[i, c] = sum_t y[i * s + t * d - lo, c] w[t, c].
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +26,9 @@ from jax.typing import DTypeLike
 from conv3dt_jax._geometry import Geometry
 from conv3dt_jax.lowerings import _tiles
 from conv3dt_jax.lowerings._cells import aligned, cells, extend, shifts
+
+MOST_TAPS = 64
+"""Taps up to which the gradient for the inputs is one expression: the program holds a slice for each."""
 
 
 def outputs(
@@ -63,3 +71,41 @@ def outputs(
         found = lax.slice_in_dim(found, first, axis.out, axis=dim)
     found = _tiles.plus(found, bias).astype(result)
     return jnp.moveaxis(found, -1, 1) if channels_first else found
+
+
+def takes_gradient(geometry: Geometry, channels: int, filters: int, groups: int) -> bool:
+    """Whether `input_gradient` is defined, and a program of moderate size."""
+    return channels == filters == groups and math.prod(axis.k for axis in geometry) <= MOST_TAPS
+
+
+def input_gradient(
+    cotangent: jax.Array,
+    kernel: jax.Array,
+    geometry: Geometry,
+    *,
+    sums: DTypeLike,
+    result: DTypeLike,
+    channels_first: bool,
+) -> jax.Array:
+    """``(N, *out, C)``, or ``(N, C, *out)``, and ``(kd, kh, kw, 1, C)`` to ``(N, D, H, W, C)``.
+
+    The cotangent of a circular axis is that of its full result.
+    """
+    if channels_first:
+        cotangent = jnp.moveaxis(cotangent, 1, -1)
+    cotangent, kernel = cotangent.astype(sums), kernel.astype(sums)
+    padding = [(0, 0, 0)] * 5
+    for dim, axis in enumerate(geometry, start=1):
+        lo = 0 if axis.wraps else axis.lo
+        padding[dim] = (lo, axis.full - lo - cotangent.shape[dim], 0)
+    reached = lax.optimization_barrier(lax.pad(cotangent, jnp.zeros((), sums), padding))
+    terms = []
+    for taps in itertools.product(*(range(axis.k) for axis in geometry)):
+        starts = [t * axis.d for t, axis in zip(taps, geometry, strict=True)]
+        ends = [start + (axis.n - 1) * axis.s + 1 for start, axis in zip(starts, geometry, strict=True)]
+        strides = [axis.s for axis in geometry]
+        part = lax.slice(
+            reached, (0, *starts, 0), (reached.shape[0], *ends, reached.shape[-1]), (1, *strides, 1)
+        )  # fmt: skip
+        terms.append(part * kernel[taps].reshape(1, 1, 1, 1, -1))
+    return functools.reduce(jnp.add, terms).astype(result)
