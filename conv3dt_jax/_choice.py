@@ -8,14 +8,13 @@
 - CPU, where XLA runs a dilated convolution as a scalar loop: one of the matrix lowerings, by the cost rule below. Both
   gradients are those of `phases` or `winograd`; `winograd` is in question where floating-point numbers are summed in
   float32 at the default precision.
-- sizes that are not known when the operation is traced: `dilated`. Kernels of hundreds of overlapping taps would unroll
-  `phases` into as many slices: `matmul` where its products are few, else `dilated`.
+- sizes that are not known when the operation is traced: `dilated`.
 
 The cost rule, in nanoseconds fitted on two cores of an x86 server, counts multiply-adds and the values that pass
 through the cache, ``MULTIPLY_ADD * multiply_adds + VALUE * values`` (`lowerings._work`): for `matmul` one product for
-every input, tap and filter; for `phases` the gathered shifts of the inputs, while it multiplies some zeros; for
-`winograd` the transformed inputs and products, while it multiplies half to a third as often. Since it rounds more, it
-must save a seventh.
+every input, tap and filter, dearer where many make up an output; for `phases` the gathered shifts of the inputs, while
+it multiplies some zeros; for `winograd` the transformed inputs and products, while it multiplies half to a third as
+often. Since it rounds more, it must save a seventh.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from conv3dt_jax._geometry import Geometry
-from conv3dt_jax.lowerings import LOWERINGS, phases, winograd
+from conv3dt_jax.lowerings import LOWERINGS, winograd
 from conv3dt_jax.lowerings._tiles import tile_bytes
 from conv3dt_jax.lowerings._work import Call, nanoseconds
 
@@ -42,12 +41,6 @@ WORTH = 0.85
 
 _EITHER_LAYOUT = ("phases", "winograd")
 """What reads and writes outputs with the filters second block by block; the others' outputs are transposed whole."""
-
-_MOST_PIECES = 216
-"""Slices that `phases` may write into the program; its compile time grows with them."""
-
-_MOST_PRODUCTS = 4096
-"""Products per input that `matmul` may hold where `phases` is out of the question."""
 
 
 def choose(kind: str, platform: str, form: Any, batch: Any) -> str:
@@ -68,10 +61,6 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
             return "dilated", "outputs overlap: the platform's convolution"
         return "phases", "outputs overlap, and the platform convolves floating-point numbers only"
     forward = kind in ("outputs", "affine", "tangent")
-    if phases.pieces(geometry, gradient=not forward) > _MOST_PIECES:
-        if math.prod(axis.k for axis in geometry) * form.filters // form.groups <= _MOST_PRODUCTS:
-            return "matmul", "the kernel has too many overlapping taps to gather, and few products"
-        return "dilated", "the kernel has too many overlapping taps to gather or to add up"
     if forward and not overlaps and (not form.channels_first or form.channels == form.groups):
         return "matmul", "no outputs overlap: one product, no zeros"
     call = Call.of(form, batch, room_for("cpu", form, batch))

@@ -83,4 +83,12 @@ CASES = [
     _case("one_voxel", space=(1, 1, 1), kernel=(3, 3, 3), strides=2, padding="same"),
     _case("crash_of_the_compiler", space=(3, 3, 1), kernel=(2, 4, 1), strides=(2, 2, 1), padding="same", output_padding=0),
     _case("large_stride", kernel=(7, 7, 7), strides=16, space=(1, 2, 1)),
+    _case("large_kernel", kernel=(7, 6, 5), strides=(2, 1, 2), filters=4),
+    _case("large_kernel_few_filters_same", kernel=(6, 7, 6), strides=(1, 2, 1), padding="same"),
+    _case("large_kernel_dilation", kernel=(4, 5, 4), strides=(2, 1, 1), dilation_rate=(3, 1, 2), filters=5),
+    _case("large_kernel_circular", kernel=(5, 7, 4), strides=(2, 3, 1), padding="circular", filters=3),
+    _case("large_kernel_groups", kernel=(5, 5, 5), channels=4, filters=8, groups=2, padding="same"),
+    _case("large_kernel_in_height_and_width", kernel=(2, 12, 11), filters=3, space=(2, 3, 2)),
+    _case("large_kernel_in_width", kernel=(1, 2, 130), filters=3, space=(2, 3, 4)),
+    _case("large_kernel_in_width_with_stride", kernel=(2, 1, 260), filters=3, space=(2, 3, 4), strides=(2, 1, 2)),
 ]  # fmt: skip

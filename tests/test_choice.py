@@ -52,7 +52,8 @@ def test_matmul_multiplies_once() -> None:
         ("cuda", {"strides": 2}, "convolution"),
         ("tpu", {"strides": 2}, "convolution"),
         ("cuda", {"strides": 2, "dtype": jnp.int32}, "dot_general"),
-        ("cpu", {"kernel": (17, 17, 17), "space": (8, 8, 8)}, "convolution"),
+        ("cpu", {"kernel": (17, 17, 17), "space": (8, 8, 8)}, "dot_general"),
+        ("cpu", {"kernel": (1, 1, 300), "space": (2, 2, 8)}, "dot_general"),
     ],
     ids=str,
 )
@@ -82,10 +83,10 @@ def test_auto_on_cpu_gathers_patches_for_the_gradients(kernel, strides, kind, si
 
 @pytest.mark.parametrize(
     ("space", "batch", "kernel", "strides", "channels", "filters"),
-    [((1, 1, 1), 16, 4, 1, 128, 256), ((2, 2, 2), 8, 3, 2, 256, 128), ((16, 16, 16), 1, 9, 1, 2, 2)],
+    [((1, 1, 1), 16, 4, 1, 128, 256), ((2, 2, 2), 8, 3, 2, 256, 128), ((4, 64, 64), 1, 4, 1, 24, 1)],
 )
 def test_auto_on_cpu_does_not_multiply_padding(space, batch, kernel, strides, channels, filters) -> None:
-    """Tiny volumes with many channels, and long kernels with few: measured 3 to 30 times faster than the others."""
+    """Tiny volumes with many channels, and one filter: measured 3 to 30 times faster than the others."""
     assert _choice.choose("outputs", "cpu", form(kernel, strides, channels, filters, space), batch) == "matmul"
 
 
@@ -122,6 +123,16 @@ def test_a_large_stride_is_not_thousands_of_operations(implementation, padding) 
     lowered = jax.jit(jax.value_and_grad(run, (0, 1))).lower(x, w)
     assert len(re.findall("stablehlo[.]", lowered.as_text())) < 200
     assert jnp.isfinite(lowered.compile()(x, w)[0])
+
+
+@pytest.mark.parametrize("stride", [1, (2, 2, 1)])
+def test_a_large_kernel_is_neither_hundreds_of_operations_nor_a_dilated_convolution(stride) -> None:
+    """XLA:CPU runs a dilated convolution as a scalar loop; slices for all 1331 taps would compile for minutes."""
+    x, w = jnp.ones((1, 4, 4, 4, 3)), jnp.ones((11, 11, 11, 4, 3))
+    run = lambda x, w: c3t.conv3d_transpose(x, w, strides=stride, padding="same").sum()
+    text = jax.jit(jax.value_and_grad(run, (0, 1))).lower(x, w).as_text()
+    assert len(re.findall("stablehlo[.]", text)) < 700
+    assert "stablehlo.convolution" not in text
 
 
 def test_no_lowering_stores_the_zero_stuffed_input() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -76,46 +77,64 @@ def gradients(
         kernel = None
         if inputs is None:
             return elementwise, None
-    window = tuple(axis.k for axis in geometry)
     blocks = _blocks.count(groups, channels, filters)
     each_c, each_f = channels // blocks, filters // blocks
-    columns = math.prod(window) * each_f
-    spans = _tiles.plan((batch, blocks, *space), columns * dtype.itemsize, tile_bytes)
-    matrix = None
+    turns = math.prod(geometry[dim].k for dim in _looped(geometry, each_f))
+    columns = math.prod(axis.k for axis in geometry) * each_f // turns
+    held = max(columns, math.prod(axis.s for axis in geometry) * each_f)
+    spans = _tiles.plan((batch, blocks, *space), held * dtype.itemsize, tile_bytes)
+    matrices = None
     if kernel is not None:
         order = _tap_order(geometry)
-        matrix = _blocks.split_kernel(kernel.astype(dtype), groups).transpose(0, *(1 + t for t in order), 4, 5)
-        matrix = matrix.reshape(blocks, columns, each_c)
+        matrices = _blocks.split_kernel(kernel.astype(dtype), groups).transpose(0, *(1 + t for t in order), 4, 5)
+        matrices = matrices.reshape(blocks * turns, columns, each_c)
     transposed = each_f < SHORT_RUN
+    rows = 1 if transposed else 0  # of the patches: what a product with the inputs sums over
 
     def body(starts: list[Any], carry: tuple[Any, Any]) -> tuple[Any, Any]:
         sample, block, depth, height = starts
-        patches = _patches(cotangent, spans, starts, geometry, each_f, filters_dim, dtype, transposed)
+        slab = _slab(cotangent, spans, starts, geometry, each_f, filters_dim, dtype)
         corner = (sample, depth, height, 0, block * each_c)
         walked = (spans[0], *spans[2:])
         cells = (*(span.block for span in walked), space[2], each_c)
-        dx, dw = carry
-        if matrix is not None:
-            weights = lax.dynamic_index_in_dim(matrix, block, keepdims=False)
-            contract = ((0,), (0,)) if transposed else ((1,), (0,))
-            part = lax.dot_general(patches, weights, (contract, ((), ())), **static)
-            part = _tiles.bits(part.reshape(cells).astype(dx_dtype))
-            dx = part if part.shape == dx.shape else _tiles.put(dx, part, corner)
+        x = None
         if inputs is not None:
             x = _tiles.values(_tiles.cut(_tiles.bits(inputs), corner, cells), inputs.dtype).astype(dtype)
             x = _tiles.once(x, walked, (sample, depth, height), dims=(0, 1, 2)).reshape(-1, each_c)
-            if transposed:
-                part = lax.dot_general(patches, x, (((1,), (0,)), ((), ())), **static)
-            else:  # the long side last: twice as fast as its transpose
-                left, rows = (_tiles.turned(x, starts), 1) if dtype.itemsize == 2 else (x, 0)
-                part = lax.dot_general(left, patches, (((rows,), (0,)), ((), ())), **static)
-            old = lax.dynamic_index_in_dim(dw, block, keepdims=False)
-            dw = lax.dynamic_update_index_in_dim(dw, old + part, block, 0)
+            if turned := dtype.itemsize == 2 and not transposed:
+                x = _tiles.turned(x, starts)
+
+        def turn(index: Any, found: tuple[Any, Any]) -> tuple[Any, Any]:
+            part, dw = found
+            patches = _patches(slab, cells[:4], geometry, each_f, dtype, transposed, index)
+            place = block * turns + index
+            if matrices is not None:
+                weights = lax.dynamic_index_in_dim(matrices, place, keepdims=False)
+                more = lax.dot_general(patches, weights, (((1 - rows,), (0,)), ((), ())), **static)
+                part = more if turns == 1 else part + more
+            if x is not None:
+                if transposed:
+                    more = lax.dot_general(patches, x, (((1,), (0,)), ((), ())), **static)
+                else:  # the long side last: twice as fast as its transpose
+                    more = lax.dot_general(x, patches, (((int(turned),), (0,)), ((), ())), **static)
+                old = lax.dynamic_index_in_dim(dw, place, keepdims=False)
+                dw = lax.dynamic_update_index_in_dim(dw, old + more, place, 0)
+            return part, dw
+
+        dx, dw = carry
+        if turns == 1:
+            part, dw = turn(0, (None, dw))
+        else:
+            part = None if matrices is None else jnp.zeros((math.prod(cells[:4]), each_c), sums)
+            part, dw = lax.fori_loop(0, turns, turn, (part, dw))
+        if part is not None:
+            part = _tiles.bits(part.reshape(cells).astype(dx_dtype))
+            dx = part if part.shape == dx.shape else _tiles.put(dx, part, corner)
         return dx, dw
 
-    dx = None if matrix is None else _tiles.bits(jnp.zeros((batch, *space, channels), dx_dtype))
+    dx = None if matrices is None else _tiles.bits(jnp.zeros((batch, *space, channels), dx_dtype))
     shape = (columns, each_c) if transposed else (each_c, columns)
-    dw = None if inputs is None else jnp.zeros((blocks, *shape), sums)
+    dw = None if inputs is None else jnp.zeros((blocks * turns, *shape), sums)
     dx, dw = _tiles.for_each_tile(spans, body, (dx, dw))
     dx = elementwise if dx is None else _tiles.values(dx, dx_dtype)
     if dw is not None:
@@ -135,20 +154,23 @@ def work(call: Call) -> Work:
     return Work(2 * gathered * call.channels // blocks, gathered, room + 2 * kernel * call.itemsize)
 
 
-def steps(geometry: Geometry) -> int:
+def _steps(geometry: Geometry) -> int:
     """Steps of ``s`` outputs that hold the taps of a cell in width, where they are cut out step by step; else 0.
 
     They are where they lie side by side, with no taps of an axis without overlap in between.
     """
     width = geometry[2]
     alone = all(axis.overlaps or axis.k == 1 for axis in geometry[:2])
-    return -(-width.k // width.s) if alone and width.overlaps and width.d == 1 and width.s > 1 else 0
+    count = -(-width.k // width.s)
+    return count if alone and width.overlaps and width.d == 1 and width.s > 1 and count <= _tiles.MOST_SLICES else 0
 
 
-def pieces(geometry: Geometry) -> int:
-    """Slices that the program holds, see ``_pieces``."""
-    *others, width = (axis.k if axis.overlaps else 1 for axis in geometry)
-    return math.prod(others) * (steps(geometry) or width)
+def _looped(geometry: Geometry, filters: int) -> list[int]:
+    """The dimensions whose taps are walked by a loop; of few filters only where they must be."""
+    taps = [axis.k if axis.overlaps else 1 for axis in geometry]
+    taps[2] = _steps(geometry) or taps[2]
+    count = _tiles.looped(taps, _tiles.MOST_SLICES if filters < SHORT_RUN else _tiles.FEW_SLICES)
+    return [dim for dim in range(count) if geometry[dim].overlaps]
 
 
 def _unwrap(cotangent: jax.Array, dim: int, axis: Axis) -> jax.Array:
@@ -171,37 +193,19 @@ def _unorder(dw: jax.Array, geometry: Geometry, filters: int, channels: int) -> 
     return dw.transpose(0, *(1 + order.index(dim) for dim in range(3)), 4, 5)
 
 
-def _patches(
-    cotangent: jax.Array,
-    spans: Any,
-    starts: Any,
-    geometry: Geometry,
-    filters: int,
-    filters_dim: int,
-    dtype: Any,
-    transposed: bool,
-) -> jax.Array:
-    """``(cells, taps * F)``, or its transpose: what every cell of a block has reached."""
-    slab = _slab(cotangent, spans, starts, geometry, filters, filters_dim)
-    if cotangent.dtype != dtype:
-        slab = _tiles.values(slab, cotangent.dtype).astype(dtype)
-    cells = [span.block for span in (spans[0], *spans[2:])] + [geometry[2].n]
-    pieces = _pieces(slab, cells, geometry, filters)
-    rows = math.prod(cells)
-    if transposed:
-        return _tiles.values(jnp.concatenate([piece.reshape(rows, -1).T for piece in pieces], 0), dtype)
-    return _tiles.values(jnp.concatenate(pieces, -1).reshape(rows, -1), dtype)
-
-
 def _slab(
-    cotangent: jax.Array, spans: Any, starts: Any, geometry: Geometry, filters: int, filters_dim: int
+    cotangent: jax.Array, spans: Any, starts: Any, geometry: Geometry, filters: int, filters_dim: int, dtype: Any
 ) -> jax.Array:
-    """The outputs that the cells of a block have reached, of one block of filters, channels last."""
+    """The outputs that the cells of a block have reached, of one block of filters: ``(n, D, H, W, taps * F)``.
+
+    The taps of the axes without overlap, ``(n * s) -> (n, k)``, lie beside the filters.
+    """
     sample, block, *corner = starts
+    joined = _steps(geometry)
     axes = (*spans[2:], _tiles.Span(geometry[2].n, geometry[2].n))
     extents = [axis.ke - 1 if axis.overlaps else axis.s - 1 for axis in geometry]
-    if steps(geometry):  # whole steps, whatever is read beyond the last tap
-        extents[2] = geometry[2].s * steps(geometry) - 1
+    if joined:  # whole steps, whatever is read beyond the last tap
+        extents[2] = geometry[2].s * joined - 1
     windows = [_tiles.Window.of(spans[0], sample)]
     for axis, span, start, extent in zip(geometry, axes, (*corner, 0), extents, strict=True):
         lo = 0 if axis.wraps else axis.lo
@@ -211,13 +215,8 @@ def _slab(
     slab = _tiles.read(_tiles.bits(cotangent), windows)
     if filters_dim == 1:  # once, not in every slice
         slab = _tiles.materialized(lambda: jnp.moveaxis(slab, 1, -1), starts)
-    return slab
-
-
-def _pieces(slab: jax.Array, cells: list[int], geometry: Geometry, filters: int) -> list[jax.Array]:
-    """What lies side by side in ``_patches``: one slice per tap of the axes with overlap, or per step of neighbours in
-    width; the taps of the axes without, ``(n * s) -> (n, k)``, go beside the filters."""
-    width, joined = geometry[2], steps(geometry)
+    if cotangent.dtype != dtype:
+        slab = _tiles.values(slab, cotangent.dtype).astype(dtype)
     shape: list[int] = [slab.shape[0]]
     for dim, (axis, size) in enumerate(zip(geometry, slab.shape[1:4], strict=True)):
         shape += [size, 1] if axis.overlaps and not (dim == 2 and joined) else [size // axis.s, axis.s]
@@ -226,10 +225,30 @@ def _pieces(slab: jax.Array, cells: list[int], geometry: Geometry, filters: int)
         if not axis.overlaps:
             slab = lax.slice_in_dim(slab, 0, axis.ke, axis.d, dim)
     slab = lax.optimization_barrier(slab.transpose(0, 1, 3, 5, 2, 4, 6, 7))
-    slab = slab.reshape(*slab.shape[:4], -1)
+    return slab.reshape(*slab.shape[:4], -1)
+
+
+def _patches(
+    slab: jax.Array, cells: Sequence[int], geometry: Geometry, filters: int, dtype: Any, transposed: bool, index: Any
+) -> jax.Array:
+    """``(cells, taps * F)``, or its transpose: what every cell of a block has reached.
+
+    By the taps of the overlapping axes, in width by steps of neighbours; of the axes in `_looped`, by those of the
+    turn ``index`` alone.
+    """
+    width, joined, looped = geometry[2], _steps(geometry), _looped(geometry, filters)
+    starts, sizes = [0] * 5, list(slab.shape)
+    for dim in reversed(looped):
+        axis = geometry[dim]
+        starts[1 + dim] = index % axis.k * axis.d
+        sizes[1 + dim] = (cells[1 + dim] - 1) * axis.s + 1
+        index = index // axis.k
+    slab = _tiles.cut(slab, starts, sizes) if looped else slab
     slices = [[(t * axis.d, axis.s) for t in range(axis.k)] if axis.overlaps else [(0, 1)] for axis in geometry]
     if joined:
         slices[2] = [(j, 1) for j in range(joined)]
+    for dim in looped:
+        slices[dim] = [(0, geometry[dim].s)]
     pieces = []
     for where in itertools.product(*slices):
         offsets, limits, strides = [0], [cells[0]], [1]
@@ -239,4 +258,7 @@ def _pieces(slab: jax.Array, cells: list[int], geometry: Geometry, filters: int)
             strides.append(stride)
         last = min(width.s, width.k - where[2][0] * width.s) * filters if joined else slab.shape[-1]
         pieces.append(lax.slice(slab, (*offsets, 0), (*limits, last), (*strides, 1)))
-    return pieces
+    rows = math.prod(cells)
+    if transposed:
+        return _tiles.values(jnp.concatenate([piece.reshape(rows, -1).T for piece in pieces], 0), dtype)
+    return _tiles.values(jnp.concatenate(pieces, -1).reshape(rows, -1), dtype)

@@ -27,8 +27,11 @@ from conv3dt_jax._geometry import Geometry
 from conv3dt_jax.lowerings import _tiles
 from conv3dt_jax.lowerings._cells import aligned, cells, extend, shifts
 
-MOST_TAPS = 64
-"""Taps up to which the gradient for the inputs is one expression: the program holds a slice for each."""
+
+def takes(geometry: Geometry, channels: int, groups: int) -> bool:
+    """Whether `outputs` is defined, and a program of moderate size."""
+    terms = math.prod(len(shifts(aligned(axis)[0])) for axis in geometry)
+    return channels == groups and terms <= _tiles.MOST_SLICES
 
 
 def outputs(
@@ -75,7 +78,7 @@ def outputs(
 
 def takes_gradient(geometry: Geometry, channels: int, filters: int, groups: int) -> bool:
     """Whether `input_gradient` is defined, and a program of moderate size."""
-    return channels == filters == groups and math.prod(axis.k for axis in geometry) <= MOST_TAPS
+    return channels == filters == groups and math.prod(axis.k for axis in geometry) <= _tiles.MOST_SLICES
 
 
 def input_gradient(

@@ -19,6 +19,9 @@ from jax import lax
 LARGEST, SMALLEST = 4 << 20, 1 << 18
 """Bytes of the largest temporary of a block. Blocks of a few second-level caches measured fastest."""
 
+FEW_SLICES, MOST_SLICES = 27, 125
+"""Slices for the taps of a kernel that a program holds without a loop, and at most: compile time grows with them."""
+
 
 def tile_bytes(platform: str, *shapes: Sequence[Any], itemsize: int) -> int:
     """Bytes for a block's largest temporary.
@@ -150,6 +153,16 @@ def for_each_tile(spans: Sequence[Span], body: Callable[[list[Any], Any], Any], 
 
     total = math.prod(counts)
     return lax.fori_loop(0, total if isinstance(total, int) else jnp.asarray(total, jnp.int32), step, carry)
+
+
+def looped(taps: Sequence[int], few: int = FEW_SLICES) -> int:
+    """How many leading axes, of depth, height and width, have their taps walked by a loop.
+
+    One costs no time and saves slices, which are compiled one by one; more make products narrow.
+    """
+    if math.prod(taps) <= few:
+        return 0
+    return next(count for count in (1, 2, 3) if math.prod(taps[count:]) <= MOST_SLICES)
 
 
 def once(x: jax.Array, spans: Sequence[Span], starts: Sequence[Any], dims: Sequence[int]) -> jax.Array:

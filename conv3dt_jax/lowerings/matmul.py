@@ -31,8 +31,8 @@ from conv3dt_jax.lowerings._result import Part
 from conv3dt_jax.lowerings._transposes import transposes
 from conv3dt_jax.lowerings._work import Call, Work
 
-SHORT_RUN = 6
-"""Neighbouring values below which a block's products are laid out one by one, at five times the cost."""
+MANY_TERMS, UNSTRIDED = 12, 4
+"""Products in an output from which on each costs more to lay out; without strides a fourth of them count."""
 
 WHOLE = 20 << 20
 """Bytes of products up to which there are no blocks where products are few: a block copies its inputs first."""
@@ -64,16 +64,21 @@ def work(call: Call, *, gradient: bool) -> Work:
     inputs = call.batch * math.prod(axis.n for axis in call.geometry)
     products = inputs * math.prod(axis.k for axis in call.geometry) * call.filters
     multiply_adds = products * call.channels // call.groups
-    values, held = products, products * call.itemsize
+    values, held = products * _laid_out(call.geometry), products * call.itemsize
     if is_elementwise(call) and not gradient:
-        return Work(multiply_adds, values, 0)
+        return Work(multiply_adds, products, 0)
     if gradient:
-        return Work(2 * multiply_adds, 2 * values, 3 * held)
+        return Work(2 * multiply_adds, int(2 * values), 3 * held)
     if in_blocks(call):
         held = min(held, call.tile_bytes)
-        if call.geometry[2].s * call.filters < SHORT_RUN:
-            values *= 5
-    return Work(multiply_adds, values, 3 * held)
+    return Work(multiply_adds, int(values), 3 * held)
+
+
+def _laid_out(geometry: Geometry) -> float:
+    """What laying out a product costs, in products that few others are added to."""
+    terms = math.prod(len({block for block, _ in tap_phases(axis)}) for axis in geometry)
+    many = MANY_TERMS * (UNSTRIDED if all(axis.s == 1 for axis in geometry) else 1)
+    return max(1.0, terms / many)
 
 
 def outputs(

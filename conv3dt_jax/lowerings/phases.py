@@ -16,9 +16,10 @@ The work goes block by block (`_tiles`): the patches stay in the cache and the r
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ def outputs(
     """
     dtype, sums = _tiles.operand_dtype(accumulate, inputs, kernel), _tiles.widest(accumulate, inputs, kernel)
     result = sums if result is None else result
-    if inputs.shape[-1] == groups:
+    if _depthwise.takes(geometry, inputs.shape[-1], groups):
         return _depthwise.outputs(
             inputs, kernel, geometry, _phase_taps, sums=sums, result=result, bias=bias, channels_first=channels_first
         )
@@ -75,7 +76,8 @@ def outputs(
     products = _products(geometry, each_c, each_f)
     taps = _blocks.split_kernel(kernel.astype(dtype), groups)
     matrices = lax.optimization_barrier([_matrix(taps, geometry, range(*rd), range(*rh)) for rd, rh in products])
-    gathered = math.prod(len(shifts(axis)) for axis in geometry) * each_c
+    multiply = functools.partial(lax.dot_general, precision=precision, preferred_element_type=sums)
+    gathered = max(_turn(_taken(geometry, product)) for product in products) * each_c
     written = math.prod(axis.s for axis in geometry) * each_f
     count = [cells(axis) for axis in geometry]
     spans = _tiles.plan(
@@ -86,11 +88,9 @@ def outputs(
         parts = []
         tile = (spans[0].block, spans[2].block, spans[3].block, count[2])
         for ((d0, d1), (h0, h1)), matrix in zip(products, matrices, strict=True):
-            patches = _patches(slab, tile, geometry, range(d0, d1), range(h0, h1))
-            matrix = lax.dynamic_index_in_dim(matrix, group, keepdims=False)
-            patches = _tiles.values(patches, dtype)
-            left, right = (matrix, patches) if channels_first else (patches, matrix)
-            part = lax.dot_general(left, right, _LAST, precision=precision, preferred_element_type=sums)
+            weights = lax.dynamic_index_in_dim(matrix, group, keepdims=False)
+            offsets = _offsets(geometry, range(d0, d1), range(h0, h1))
+            part = _product(slab, tile, offsets, weights, dtype, multiply, channels_first)
             phases = (d1 - d0, h1 - h0, width.s, each_f)
             part = part.reshape(*phases, *tile) if channels_first else part.reshape(*tile, *phases)
             part = _tiles.plus(part, bias, group * each_f, dim=phases_dim + 3)
@@ -107,7 +107,7 @@ def work(call: Call, *, gradient: bool) -> Work:
     """The gathered shifts, twice (cut out, then side by side), and the multiply-adds with the zeros of the width."""
     if gradient:
         return _adjoint.work(call)
-    if call.channels == call.groups:
+    if _depthwise.takes(call.geometry, call.channels, call.groups):
         shares = [aligned(axis)[0] for axis in call.geometry]
         taken = math.prod(len(shifts(axis)) for axis in shares)
         values = call.batch * math.prod(cells(axis) * axis.s for axis in shares) * call.filters
@@ -126,17 +126,9 @@ def work(call: Call, *, gradient: bool) -> Work:
         gathered += windows * here * call.channels
         multiply_adds += windows * here * written * each
         matrices += here * written * each
-        largest = max(largest, 2 * here * call.channels + 2 * written * call.filters)
+        largest = max(largest, 2 * _turn(_taken(geometry, product)) * call.channels + 2 * written * call.filters)
     room = min(windows * largest * call.itemsize, 2 * call.tile_bytes)
     return Work(multiply_adds, gathered, room + 2 * matrices * call.itemsize)
-
-
-def pieces(geometry: Geometry, *, gradient: bool) -> int:
-    """Slices that the program holds."""
-    if gradient:
-        return _adjoint.pieces(geometry)
-    depth, height = (sum(len(shifts(axis, range(*run))) for run in runs(axis)) for axis in geometry[:2])
-    return depth * height * len(shifts(aligned(geometry[2])[0]))
 
 
 Product = tuple[tuple[int, int], tuple[int, int]]
@@ -144,48 +136,98 @@ Product = tuple[tuple[int, int], tuple[int, int]]
 
 
 def _products(geometry: Geometry, channels: int, filters: int) -> list[Product]:
-    """The products that give all phases: by runs, or all runs of an axis as one, whatever costs less."""
+    """The products that give all phases: by runs, or all runs of an axis as one, whatever costs less.
+
+    Of those that make programs of moderate size.
+    """
     depth, height = ((runs(axis), joined(runs(axis))) for axis in geometry[:2])
     ways = [list(itertools.product(*way)) for way in itertools.product(depth, height)]
+    moderate = [way for way in ways if sum(_turn(_taken(geometry, p)) for p in way) <= _tiles.MOST_SLICES]
 
     def cost(products: list[Product]) -> float:
         sizes = [_sizes(geometry, product) for product in products]
         multiply_adds = sum(taken * written for taken, written in sizes) * channels * filters
         return nanoseconds("phases", multiply_adds, sum(taken for taken, _ in sizes) * channels)
 
-    return min(ways, key=cost)
+    return min(moderate or ways[-1:], key=cost)
+
+
+def _taken(geometry: Geometry, product: Product) -> list[int]:
+    """How many shifts a product takes, by axis."""
+    residues = (range(*product[0]), range(*product[1]), None)
+    return [len(shifts(axis, own)) for axis, own in zip(geometry, residues, strict=True)]
+
+
+def _turn(taken: Sequence[int]) -> int:
+    """How many of them lie side by side: all, or those of a turn of a loop."""
+    return math.prod(taken[_tiles.looped(taken) :])
 
 
 def _sizes(geometry: Geometry, product: Product) -> tuple[int, int]:
     """How many shifts a product takes, and how many phases it gives, of every cell."""
-    taken, written = len(shifts(geometry[2])), geometry[2].s
-    for axis, (first, last) in zip(geometry[:2], product, strict=True):
-        taken *= len(shifts(axis, range(first, last)))
-        written *= last - first
-    return taken, written
+    written = math.prod(last - first for first, last in product) * geometry[2].s
+    return math.prod(_taken(geometry, product)), written
 
 
-def _patches(
-    slab: jax.Array, tile: tuple[int, int, int, int], geometry: Geometry, rd: Sequence[int], rh: Sequence[int]
+def _offsets(geometry: Geometry, rd: Sequence[int], rh: Sequence[int]) -> list[list[int]]:
+    """Where the slab's cells begin for the shifts that the residues ``rd`` and ``rh`` need, and all in width."""
+    taken = zip(geometry, (rd, rh, None), strict=True)
+    return [[shifts(axis)[-1] - a for a in shifts(axis, residues)] for axis, residues in taken]
+
+
+def _product(
+    slab: jax.Array,
+    tile: tuple[int, int, int, int],
+    offsets: list[list[int]],
+    matrices: jax.Array,
+    dtype: Any,
+    multiply: Callable[..., jax.Array],
+    exchanged: bool,
 ) -> jax.Array:
-    """``(cells, shifts * C)``: the shifts that the residues ``rd`` and ``rh`` need, and all in width, side by side."""
-    depth, height, width = geometry
+    """The patches times the matrix of a run, see ``_matrix``; or the other way round, ``exchanged``.
+
+    Where slices for all shifts would make too large a program, those of the first axes are added up in a loop.
+    """
+
+    def product(slab: jax.Array, offsets: Sequence[Sequence[int]], matrix: jax.Array) -> jax.Array:
+        patches = _tiles.values(_patches(slab, tile, offsets), dtype)
+        return multiply(*((matrix, patches) if exchanged else (patches, matrix)), _LAST)
+
+    looped = _tiles.looped([len(places) for places in offsets])
+    if looped == 0:
+        return product(slab, offsets, matrices[0])
+    places = jnp.asarray(list(itertools.product(*offsets[:looped])), jnp.int32)
+    sizes = [slab.shape[0], *tile[1 : looped + 1], *slab.shape[looped + 1 :]]
+    inner = [*[[0]] * looped, *offsets[looped:]]
+
+    def add(turn: jax.Array, found: jax.Array) -> jax.Array:
+        moved = _tiles.cut(slab, [0, *places[turn], *[0] * (4 - looped)], sizes)
+        return found + product(moved, inner, lax.dynamic_index_in_dim(matrices, turn, keepdims=False))
+
+    made = jax.eval_shape(add, jnp.int32(0), jnp.zeros(()))
+    return lax.fori_loop(0, len(places), add, jnp.zeros(made.shape, made.dtype))
+
+
+def _patches(slab: jax.Array, tile: tuple[int, int, int, int], offsets: Sequence[Sequence[int]]) -> jax.Array:
+    """``(cells, shifts * C)``: the cells of a slab from every offset on, side by side."""
     parts = []
-    for shift in itertools.product(shifts(depth, rd), shifts(height, rh), shifts(width)):
-        offsets = [shifts(axis)[-1] - a for axis, a in zip(geometry, shift, strict=True)]
-        limits = [o + size for o, size in zip(offsets, tile[1:], strict=True)]
-        parts.append(lax.slice(slab, (0, *offsets, 0), (slab.shape[0], *limits, slab.shape[-1])))
+    for places in itertools.product(*offsets):
+        limits = [place + size for place, size in zip(places, tile[1:], strict=True)]
+        parts.append(lax.slice(slab, (0, *places, 0), (slab.shape[0], *limits, slab.shape[-1])))
     return jnp.concatenate(parts, -1).reshape(math.prod(tile), -1)
 
 
 def _matrix(kernel: jax.Array, geometry: Geometry, rd: Sequence[int], rh: Sequence[int]) -> jax.Array:
-    """``(B, kd, kh, kw, F / B, C / B)`` to ``(B, rd * rh * sw * F, shifts * C)``: the rows are the phases of a run."""
+    """``(B, kd, kh, kw, F / B, C / B)`` to ``(B, turns, rd * rh * sw * F, shifts * C)`` for the phases of a run."""
     weights = kernel
     for dim, axis, residues in zip((1, 3, 5), geometry, (rd, rh, range(geometry[2].s)), strict=True):
         weights = _phase_taps(weights, dim, axis, residues)
     blocks, ad, nd, ah, nh, aw, sw, filters, channels = weights.shape
     weights = weights.transpose(0, 2, 4, 6, 7, 1, 3, 5, 8)
-    return weights.reshape(blocks, nd * nh * sw * filters, ad * ah * aw * channels)
+    taken = [ad, ah, aw]
+    turns = math.prod(taken[: _tiles.looped(taken)])
+    weights = weights.reshape(blocks, nd * nh * sw * filters, turns, ad * ah * aw * channels // turns)
+    return weights.swapaxes(1, 2)
 
 
 def _phase_taps(kernel: jax.Array, dim: int, axis: Axis, residues: Sequence[int]) -> jax.Array:
