@@ -69,14 +69,10 @@ def gradients(
     for dim, axis in enumerate(geometry, start=2 if channels_first else 1):
         if axis.wraps:
             cotangent = _unwrap(cotangent, dim, axis)
-    elementwise = None
-    if kernel is not None and _depthwise.takes_gradient(geometry, channels, filters, groups):
-        elementwise = _depthwise.input_gradient(
-            cotangent, kernel, geometry, sums=sums, result=dx_dtype, channels_first=channels_first
-        )
-        kernel = None
-        if inputs is None:
-            return elementwise, None
+    # beside the kernel's gradient there are patches anyway
+    if kernel is not None and inputs is None and _depthwise.takes_gradient(geometry, channels, filters, groups):
+        static = {"sums": sums, "result": dx_dtype, "channels_first": channels_first}
+        return _depthwise.input_gradient(cotangent, kernel, geometry, **static), None
     blocks = _blocks.count(groups, channels, filters)
     each_c, each_f = channels // blocks, filters // blocks
     turns = math.prod(geometry[dim].k for dim in _looped(geometry, each_f))
@@ -136,7 +132,8 @@ def gradients(
     shape = (columns, each_c) if transposed else (each_c, columns)
     dw = None if inputs is None else jnp.zeros((blocks * turns, *shape), sums)
     dx, dw = _tiles.for_each_tile(spans, body, (dx, dw))
-    dx = elementwise if dx is None else _tiles.values(dx, dx_dtype)
+    if dx is not None:
+        dx = _tiles.values(dx, dx_dtype)
     if dw is not None:
         dw = dw if transposed else dw.swapaxes(1, 2)
         dw = _unorder(dw, geometry, each_f, each_c)

@@ -77,7 +77,7 @@ def outputs(
     taps = _blocks.split_kernel(kernel.astype(dtype), groups)
     matrices = lax.optimization_barrier([_matrix(taps, geometry, range(*rd), range(*rh)) for rd, rh in products])
     multiply = functools.partial(lax.dot_general, precision=precision, preferred_element_type=sums)
-    gathered = max(_turn(_taken(geometry, product)) for product in products) * each_c
+    gathered = _turn([len(shifts(axis)) for axis in geometry]) * each_c
     written = math.prod(axis.s for axis in geometry) * each_f
     count = [cells(axis) for axis in geometry]
     spans = _tiles.plan(
