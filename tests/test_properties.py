@@ -12,7 +12,7 @@ from tests import oracle
 from tests.test_lowerings import IMPLEMENTATIONS
 
 triples = st.tuples
-SETTINGS = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+SETTINGS = settings(max_examples=110, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite
