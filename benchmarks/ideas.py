@@ -21,7 +21,7 @@ from benchmarks.cases import CASES, KINDS, Case
 from benchmarks.contestants import ours
 from benchmarks.contestants.base import Prepared, UnsupportedError
 from conv3dt_jax import _primitives
-from conv3dt_jax.lowerings import LOWERINGS, _adjoint, _blocks, _cells, _tiles, matmul, phases
+from conv3dt_jax.lowerings import LOWERINGS, _adjoint, _blocks, _cells, _depthwise, _tiles, matmul, phases
 
 ENDLESS = 1 << 40
 BASE = "as built"
@@ -67,6 +67,9 @@ IDEAS = [
     Idea("products whole, never by block", [(matmul, "WHOLE", ENDLESS)], "matmul", FORWARD),
     *(Idea(f"lowering {name}", lowering=name) for name in LOWERINGS if name != "dilated"),
     Idea("patches tap by tap", [(_adjoint, "SHORT_RUN", ENDLESS)], "phases", TRAINING),
+    Idea("a slice for every tap, no loop", [(_tiles, "looped", lambda taps, few=0: 0)], "phases"),
+    Idea("groups of one channel by products", [(_depthwise, "takes", lambda *_: False)], "phases", FORWARD),
+    Idea("bfloat16 inputs not transposed first", [(_tiles, "turned", lambda x, _: x.T)], kinds=TRAINING),
     Idea("gradients one by one", [(_primitives, "gradients", _apart)], kinds=TRAINING),
     Idea("groups one by one", [(_blocks, "NARROW", 1)]),
     Idea("groups as one dense product", [(_blocks, "NARROW", 4096), (_blocks, "MOST", 4096)]),

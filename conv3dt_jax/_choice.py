@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from conv3dt_jax._geometry import Geometry
-from conv3dt_jax.lowerings import LOWERINGS, winograd
+from conv3dt_jax.lowerings import LOWERINGS, matmul, winograd
 from conv3dt_jax.lowerings._tiles import tile_bytes
 from conv3dt_jax.lowerings._work import Call, nanoseconds
 
@@ -61,9 +61,9 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
             return "dilated", "outputs overlap: the platform's convolution"
         return "phases", "outputs overlap, and the platform convolves floating-point numbers only"
     forward = kind in ("outputs", "affine", "tangent")
-    if forward and not overlaps and (not form.channels_first or form.channels == form.groups):
-        return "matmul", "no outputs overlap: one product, no zeros"
     call = Call.of(form, batch, room_for("cpu", form, batch))
+    if forward and not overlaps and (not form.channels_first or matmul.is_elementwise(call)):
+        return "matmul", "no outputs overlap: one product, no zeros"
     names = ["phases", *(["matmul"] if forward else []), *(["winograd"] if _may_filter(form, call, forward) else [])]
     if names == ["phases"]:
         return "phases", "one gathering of patches serves both gradients"

@@ -63,8 +63,8 @@ def test_auto_follows_its_rule(platform, kwargs, primitive) -> None:
     assert {"dot_general": "stablehlo.convolution", "convolution": "stablehlo.dot_general"}[primitive] not in text
 
 
-def form(kernel, strides, channels, filters, space=(8, 8, 8)):
-    spec = _spec.Conv3DTransposeSpec(filters, kernel, strides)
+def form(kernel, strides, channels, filters, space=(8, 8, 8), padding="valid"):
+    spec = _spec.Conv3DTransposeSpec(filters, kernel, strides, padding)
     dtype = np.dtype("float32")
     return _primitives.Form(spec.geometry(space), channels, filters, 1, (dtype,) * 3, dtype, None, "auto")
 
@@ -88,6 +88,20 @@ def test_auto_on_cpu_gathers_patches_for_the_gradients(kernel, strides, kind, si
 def test_auto_on_cpu_does_not_multiply_padding(space, batch, kernel, strides, channels, filters) -> None:
     """Tiny volumes with many channels, and one filter: measured 3 to 30 times faster than the others."""
     assert _choice.choose("outputs", "cpu", form(kernel, strides, channels, filters, space), batch) == "matmul"
+
+
+@pytest.mark.parametrize(
+    ("space", "batch", "kernel", "strides", "channels", "filters", "name"),
+    [
+        ((4, 64, 64), 1, 7, 2, 128, 3, "phases"),  # measured 4.6 times faster
+        ((48, 48, 48), 4, (3, 4, 4), 1, 8, 1, "matmul"),  # 7.6 times
+    ],
+)
+def test_auto_on_cpu_lays_out_few_products_or_many_without_strides(
+    space, batch, kernel, strides, channels, filters, name
+) -> None:
+    call = form(kernel, strides, channels, filters, space, padding="same")
+    assert _choice.choose("outputs", "cpu", call, batch) == name
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Every lowering gives the defined result and its gradients, for every case of the table and every dtype."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,18 @@ RESULTS = {"int8": "int32", "int16": "int32", "uint8": "uint32"}
 DTYPE_CASES = [
     case for case in CASES if case.name in ("stride_below_kernel", "groups", "depthwise", "stride_equals_kernel")
 ]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.groups == 1], ids=lambda case: case.name)
+def test_the_input_gradient_alone_of_one_channel_in_each_group_is_that_of_the_definition(case: Case, x64: None) -> None:
+    """It is computed in another way than beside the kernel's gradient."""
+    case = dataclasses.replace(case, channels=3, filters=3, kwargs={**case.kwargs, "groups": 3})
+    x, w, _ = case.operands(np.float64)
+    ct = np.random.default_rng(1).normal(size=oracle.conv3d_transpose(x, w, **case.kwargs).shape)
+    want, _ = oracle.vjp(x, w, ct, **case.kwargs)
+    run = lambda x: c3t.conv3d_transpose(x, w, **case.kwargs)
+    got = jax.jit(lambda x, ct: jax.vjp(run, x)[1](ct)[0])(x, ct)
+    np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -71,8 +71,10 @@ def gradients(
             cotangent = _unwrap(cotangent, dim, axis)
     # beside the kernel's gradient there are patches anyway
     if kernel is not None and inputs is None and _depthwise.takes_gradient(geometry, channels, filters, groups):
-        static = {"sums": sums, "result": dx_dtype, "channels_first": channels_first}
-        return _depthwise.input_gradient(cotangent, kernel, geometry, **static), None
+        alone = _depthwise.input_gradient(
+            cotangent, kernel, geometry, sums=sums, result=dx_dtype, channels_first=channels_first
+        )
+        return alone, None
     blocks = _blocks.count(groups, channels, filters)
     each_c, each_f = channels // blocks, filters // blocks
     turns = math.prod(geometry[dim].k for dim in _looped(geometry, each_f))
@@ -85,7 +87,7 @@ def gradients(
         matrices = _blocks.split_kernel(kernel.astype(dtype), groups).transpose(0, *(1 + t for t in order), 4, 5)
         matrices = matrices.reshape(blocks * turns, columns, each_c)
     transposed = each_f < SHORT_RUN
-    rows = 1 if transposed else 0  # of the patches: what a product with the inputs sums over
+    turned = dtype.itemsize == 2 and not transposed
 
     def body(starts: list[Any], carry: tuple[Any, Any]) -> tuple[Any, Any]:
         sample, block, depth, height = starts
@@ -97,7 +99,7 @@ def gradients(
         if inputs is not None:
             x = _tiles.values(_tiles.cut(_tiles.bits(inputs), corner, cells), inputs.dtype).astype(dtype)
             x = _tiles.once(x, walked, (sample, depth, height), dims=(0, 1, 2)).reshape(-1, each_c)
-            if turned := dtype.itemsize == 2 and not transposed:
+            if turned:
                 x = _tiles.turned(x, starts)
 
         def turn(index: Any, found: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -106,7 +108,7 @@ def gradients(
             place = block * turns + index
             if matrices is not None:
                 weights = lax.dynamic_index_in_dim(matrices, place, keepdims=False)
-                more = lax.dot_general(patches, weights, (((1 - rows,), (0,)), ((), ())), **static)
+                more = lax.dot_general(patches, weights, (((int(not transposed),), (0,)), ((), ())), **static)
                 part = more if turns == 1 else part + more
             if x is not None:
                 if transposed:
