@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import conv3dt_jax as c3t
-from conv3dt_jax.lowerings import LOWERINGS, _blocks, _cells, _tiles
+from conv3dt_jax.lowerings import LOWERINGS, _blocks, _cells, _tiles, matmul
 from tests import oracle
 from tests.cases import CASES, Case
 
@@ -34,8 +34,9 @@ def specification(case: Case) -> c3t.Conv3DTransposeSpec:
     ids=["matmul-1", "matmul-2000", "phases-1", "phases-2000", "phases-channels_first-1"],
 )
 def test_blocks_of_any_size_give_the_defined_result_and_gradients(
-    name, layout: dict, case: Case, tile_bytes: int, x64: None
+    name, layout: dict, case: Case, tile_bytes: int, x64: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(matmul, "KEPT", 0)  # blocks, however much they repeat
     x, w, _ = case.operands(np.float64)
     bias = np.random.default_rng(2).normal(size=w.shape[3] * case.kwargs.get("groups", 1))
     spec = specification(case)
@@ -109,6 +110,16 @@ def test_last_blocks_that_stick_out_of_the_result_leave_the_others_alone(cut, ro
     y = jax.jit(lambda x, w: LOWERINGS["phases"].outputs(x, w, geometry, **static, **layout))(x, w)
     want = oracle.conv3d_transpose(x, w, strides=4, padding=padding)
     np.testing.assert_allclose(np.moveaxis(y, 1, -1) if layout else y, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("space", "loops"), [(4, 0), (16, 1)])
+def test_matmul_walks_blocks_only_where_they_repeat_few_products(space: int, loops: int) -> None:
+    """Blocks of 4^3 inputs under a kernel of 7 made a thousand times the products, and took a hundred times as long."""
+    k, channels = (7, 128) if loops == 0 else (3, 32)
+    x = jax.ShapeDtypeStruct((2, space, space, space, channels), "float32")
+    w = jax.ShapeDtypeStruct((k, k, k, 64, channels), "float32")
+    run = lambda x, w: c3t.conv3d_transpose(x, w, strides=2 if loops else 1, implementation="matmul")
+    assert jax.jit(run).lower(x, w).as_text().count("stablehlo.while") == loops
 
 
 SIZES = {

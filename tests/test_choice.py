@@ -91,16 +91,18 @@ def test_auto_on_cpu_does_not_multiply_padding(space, batch, kernel, strides, ch
 
 
 @pytest.mark.parametrize(
-    ("space", "batch", "kernel", "strides", "channels", "filters", "name"),
+    ("space", "batch", "kernel", "strides", "channels", "filters", "padding", "name"),
     [
-        ((4, 64, 64), 1, 7, 2, 128, 3, "phases"),  # measured 4.6 times faster
-        ((48, 48, 48), 4, (3, 4, 4), 1, 8, 1, "matmul"),  # 7.6 times
+        ((4, 64, 64), 1, 7, 2, 128, 3, "same", "phases"),  # measured 4.6 times faster
+        ((48, 48, 48), 4, (3, 4, 4), 1, 8, 1, "same", "matmul"),  # 7.6 times
+        ((4, 4, 4), 2, 7, 1, 128, 64, "valid", "matmul"),  # 5 times
+        ((30, 30, 8), 1, 5, 1, 32, 32, "valid", "phases"),
     ],
 )
-def test_auto_on_cpu_lays_out_few_products_or_many_without_strides(
-    space, batch, kernel, strides, channels, filters, name
+def test_auto_on_cpu_weighs_products_against_patches(
+    space, batch, kernel, strides, channels, filters, padding, name
 ) -> None:
-    call = form(kernel, strides, channels, filters, space, padding="same")
+    call = form(kernel, strides, channels, filters, space, padding)
     assert _choice.choose("outputs", "cpu", call, batch) == name
 
 

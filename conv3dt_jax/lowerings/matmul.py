@@ -37,6 +37,10 @@ MANY_TERMS, UNSTRIDED = 12, 4
 WHOLE = 20 << 20
 """Bytes of products up to which there are no blocks where products are few: a block copies its inputs first."""
 
+REPEATED, KEPT = 2.0, 32 << 20
+"""Products made for each that is needed, since blocks share their rims, beyond which there are no blocks either; and the
+bytes of products up to which that is so: those that the heap keeps, so that their pages are not new at every call."""
+
 
 def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
     """Says why this lowering cannot take the geometry, or sums of this dtype; None where it can."""
@@ -55,8 +59,30 @@ def in_blocks(call: Call) -> bool:
         return False
     products = math.prod(axis.k for axis in call.geometry) * call.filters
     held = products * call.batch * math.prod(axis.n for axis in call.geometry) * call.itemsize
-    few = products < call.channels or not any(axis.overlaps for axis in call.geometry)
-    return held > max(call.tile_bytes, WHOLE if few else 0)
+    if products < call.channels or not any(axis.overlaps for axis in call.geometry):
+        return held > max(call.tile_bytes, WHOLE)
+    return held > call.tile_bytes and (held > KEPT or _repeated(call) <= REPEATED)
+
+
+def _repeated(call: Call) -> float:
+    """How many products blocks make for each that is needed: a block takes all the inputs that reach it."""
+    blocks = _blocks.count(call.groups, call.channels, call.filters)
+    batch, _, depth, height = _spans(
+        call.geometry, call.batch, blocks, call.filters // blocks, call.itemsize, call.tile_bytes
+    )
+    made = batch.count * batch.block
+    for cut, axis in zip((depth, height, None), call.geometry, strict=True):
+        count, block = (1, cells(axis)) if cut is None else (cut.count, cut.block)
+        made *= count * (block + span(axis))
+    return made / max(call.batch * math.prod(axis.n for axis in call.geometry), 1)
+
+
+def _spans(
+    geometry: Geometry, batch: Any, blocks: int, filters: int, itemsize: int, tile_bytes: int
+) -> tuple[_tiles.Span, ...]:
+    """Blocks of cells, by the products that they take, for ``filters`` of one of the ``blocks`` of groups."""
+    largest = max(math.prod(axis.k for axis in geometry), math.prod(axis.s for axis in geometry))
+    return _tiles.plan((batch, blocks, *map(cells, geometry)), largest * filters * itemsize, tile_bytes)
 
 
 def work(call: Call, *, gradient: bool) -> Work:
@@ -70,7 +96,8 @@ def work(call: Call, *, gradient: bool) -> Work:
     if gradient:
         return Work(2 * multiply_adds, int(2 * values), 3 * held)
     if in_blocks(call):
-        held = min(held, call.tile_bytes)
+        held, more = min(held, call.tile_bytes), _repeated(call)
+        return Work(int(multiply_adds * more), int(values * more), 3 * held)
     return Work(multiply_adds, int(values), 3 * held)
 
 
@@ -125,9 +152,7 @@ def _by_block(
     filters *= groups
     blocks = _blocks.count(groups, channels, filters)
     matrices = _blocks.split_kernel(kernel.astype(dtype), groups).reshape(blocks, -1, channels // blocks)
-    largest = max(math.prod(axis.k for axis in geometry), math.prod(axis.s for axis in geometry))
-    cell_bytes = largest * (filters // blocks) * sums.itemsize
-    spans = _tiles.plan((inputs.shape[0], blocks, *map(cells, geometry)), cell_bytes, tile_bytes)
+    spans = _spans(geometry, inputs.shape[0], blocks, filters // blocks, sums.itemsize, tile_bytes)
     axes = (spans[2].block, spans[3].block, None)
     depth, height, width = map(_local, geometry, axes)
     local = (depth, height, width)
