@@ -38,8 +38,8 @@ WHOLE = 20 << 20
 """Bytes of products up to which there are no blocks where products are few: a block copies its inputs first."""
 
 REPEATED, KEPT = 2.0, 32 << 20
-"""Products made for each that is needed, since blocks share their rims, beyond which there are no blocks either; and the
-bytes of products up to which that is so: those that the heap keeps, so that their pages are not new at every call."""
+"""Products that blocks make for each that is needed, since they share their rims, beyond which there are no blocks
+either; and the bytes of products up to which that is so: what the heap keeps, so that no page is new at a call."""
 
 
 def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
