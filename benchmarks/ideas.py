@@ -1,7 +1,8 @@
 """What the choices of the CPU lowerings are worth: every case with one of them undone, beside what is built.
 
-``python -m benchmarks.ideas --cases k3s2_same --kinds forward`` prints, for each idea, its time as a multiple of ours:
-medians over interleaved rounds in one process. `benchmarks/NOTES.md` keeps what came of it.
+``python -m benchmarks.ideas --cases k3s2_same --kinds forward`` prints, for each idea, its time, the time to compile it
+and its temporaries as multiples of ours: medians over interleaved rounds in one process. `benchmarks/NOTES.md` keeps
+what came of it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -68,6 +69,7 @@ IDEAS = [
     *(Idea(f"lowering {name}", lowering=name) for name in LOWERINGS if name != "dilated"),
     Idea("patches tap by tap", [(_adjoint, "SHORT_RUN", ENDLESS)], "phases", TRAINING),
     Idea("a slice for every tap, no loop", [(_tiles, "looped", lambda taps, few=0: 0)], "phases"),
+    Idea("taps in depth always by a loop", [(_tiles, "looped", lambda taps, few=0: int(taps[0] > 1))], "phases"),
     Idea("groups of one channel by products", [(_depthwise, "takes", lambda *_: False)], "phases", FORWARD),
     Idea("bfloat16 inputs not transposed first", [(_tiles, "turned", lambda x, _: x.T)], kinds=TRAINING),
     Idea("gradients one by one", [(_primitives, "gradients", _apart)], kinds=TRAINING),
@@ -78,23 +80,37 @@ IDEAS = [
 ]
 
 
-def measure(case: Case, kind: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every idea that concerns the case."""
-    calls = {}
+class Found(NamedTuple):
+    """Median seconds of a call, seconds to compile it, and bytes of its temporaries."""
+
+    seconds: float
+    compile_seconds: float
+    temporary_bytes: int
+
+    def told(self, base: Found) -> str:
+        return " / ".join(f"{mine / ours:.2f}" if ours else "-" for mine, ours in zip(self, base, strict=True))
+
+
+def measure(case: Case, kind: str, rounds: int) -> dict[str, Found]:
+    """Every idea that concerns the case."""
+    prepared = {}
     for idea in IDEAS:
         if idea.concerns(case, kind):
             with contextlib.suppress(UnsupportedError):
-                calls[idea.name] = idea.prepare(case, kind).call
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+                prepared[idea.name] = idea.prepare(case, kind)
+    seconds: dict[str, list[float]] = {name: [] for name in prepared}
     for _ in range(rounds):
-        for name, call in calls.items():
-            result = call()  # finds its caches as it left them
+        for name, one in prepared.items():
+            result = one.call()  # finds its caches as it left them
             del result
             started = time.perf_counter()
-            result = call()
+            result = one.call()
             seconds[name].append(time.perf_counter() - started)
             del result
-    return seconds
+    return {
+        name: Found(statistics.median(seconds[name]), one.compile_seconds or 0.0, one.temporary_bytes or 0)
+        for name, one in prepared.items()
+    }
 
 
 def main() -> None:
@@ -104,14 +120,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
+    print("Time / compile time / temporaries of each idea, as multiples of what is built.\n", flush=True)
     for case in CASES:
         if args.cases and case.name not in args.cases:
             continue
         for kind in args.kinds:
-            medians = {name: statistics.median(times) for name, times in measure(case, kind, args.rounds).items()}
-            base = medians.pop(BASE)
-            told = "; ".join(f"{name} {median / base:.2f} x" for name, median in medians.items())
-            print(f"- {case.name}, {kind}, {1e3 * base:.2f} ms: {told}", flush=True)
+            found = measure(case, kind, args.rounds)
+            base = found.pop(BASE)
+            built = (
+                f"{1e3 * base.seconds:.2f} ms / {base.compile_seconds:.2f} s / {base.temporary_bytes / 2**20:.1f} MiB"
+            )
+            told = "; ".join(f"{name} {one.told(base)}" for name, one in found.items())
+            print(f"- {case.name}, {kind}, {built}: {told}", flush=True)
 
 
 if __name__ == "__main__":
