@@ -26,6 +26,9 @@ from conv3dt_jax.lowerings._work import Call, Work
 SHORT_RUN = 3
 """Filters below which patches are stored tap by tap, since runs of so few values cannot be copied as blocks."""
 
+SHORT_RUN_BYTES = 2 << 20
+"""Of the largest temporary of a block there, on a CPU: both copies of the patches stay in the second-level caches."""
+
 
 def gradients(
     inputs: jax.Array | None,
@@ -80,13 +83,15 @@ def gradients(
     turns = math.prod(geometry[dim].k for dim in _looped(geometry, each_f))
     columns = math.prod(axis.k for axis in geometry) * each_f // turns
     held = max(columns, math.prod(axis.s for axis in geometry) * each_f)
+    transposed = each_f < SHORT_RUN
+    if transposed and tile_bytes <= _tiles.LARGEST:
+        tile_bytes = min(tile_bytes, SHORT_RUN_BYTES)
     spans = _tiles.plan((batch, blocks, *space), held * dtype.itemsize, tile_bytes)
     matrices = None
     if kernel is not None:
         order = _tap_order(geometry)
         matrices = _blocks.split_kernel(kernel.astype(dtype), groups).transpose(0, *(1 + t for t in order), 4, 5)
         matrices = matrices.reshape(blocks * turns, columns, each_c)
-    transposed = each_f < SHORT_RUN
     turned = dtype.itemsize == 2 and not transposed
 
     def body(starts: list[Any], carry: tuple[Any, Any]) -> tuple[Any, Any]:
