@@ -70,10 +70,10 @@ def _repeated(call: Call) -> float:
     batch, _, depth, height = _spans(
         call.geometry, call.batch, blocks, call.filters // blocks, call.itemsize, call.tile_bytes
     )
+    width = cells(call.geometry[2])
     made = batch.count * batch.block
-    for cut, axis in zip((depth, height, None), call.geometry, strict=True):
-        count, block = (1, cells(axis)) if cut is None else (cut.count, cut.block)
-        made *= count * (block + span(axis))
+    for cut, axis in zip((depth, height, _tiles.Span(width, width)), call.geometry, strict=True):
+        made *= cut.count * (cut.block + span(axis))
     return made / max(call.batch * math.prod(axis.n for axis in call.geometry), 1)
 
 
