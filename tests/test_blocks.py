@@ -12,6 +12,7 @@ import conv3dt_jax as c3t
 from conv3dt_jax.lowerings import LOWERINGS, _blocks, _cells, _tiles, matmul
 from tests import oracle
 from tests.cases import CASES, Case
+from tests.helpers import quick_jit
 
 by_lowering = pytest.mark.parametrize("name", ["matmul", "phases"])
 
@@ -50,10 +51,10 @@ def test_blocks_of_any_size_give_the_defined_result_and_gradients(
     ct = np.random.default_rng(1).normal(size=want.shape)
     want_dx, want_dw = oracle.vjp(x, w, ct, **case.kwargs)
     lowering, static = LOWERINGS[name], {**static, **layout}
-    y = jax.jit(lambda x, w: lowering.outputs(x, w, geometry, **static, bias=bias))(x, w)
+    y = quick_jit(lambda x, w: lowering.outputs(x, w, geometry, **static, bias=bias))(x, w)
     if layout:
         y, ct = np.moveaxis(y, 1, -1), np.moveaxis(ct, -1, 1)
-    dx, dw = jax.jit(lambda x, w, y: lowering.gradients(x, w, y, geometry, x.shape[-1], **static))(x, w, ct)
+    dx, dw = quick_jit(lambda x, w, y: lowering.gradients(x, w, y, geometry, x.shape[-1], **static))(x, w, ct)
     for got, expected in ((y, want), (dx, want_dx), (dw, want_dw)):
         assert got.shape == expected.shape
         np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-11)

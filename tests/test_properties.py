@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import conv3dt_jax as c3t
 from conv3dt_jax import _geometry
 from tests import oracle
+from tests.helpers import quick_jit
 from tests.test_lowerings import IMPLEMENTATIONS
 
 triples = st.tuples
@@ -71,7 +72,7 @@ def test_value_and_gradients(implementation, call, channels_first, seed) -> None
         return np.moveaxis(value, -1, -4) if channels_first else value
 
     with jax.enable_x64(True):
-        y, gx, gw = jax.jit(run)(layout(x), w, layout(ct.reshape(*batch, *ct.shape[1:])))
+        y, gx, gw = quick_jit(run)(layout(x), w, layout(ct.reshape(*batch, *ct.shape[1:])))
     last = (lambda value: np.moveaxis(np.asarray(value), -4, -1)) if channels_first else np.asarray
     np.testing.assert_allclose(last(y).reshape(want.shape), want, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(last(gx).reshape(flat.shape), want_gx, rtol=1e-10, atol=1e-10)

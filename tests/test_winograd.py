@@ -12,6 +12,7 @@ import conv3dt_jax as c3t
 from conv3dt_jax import _choice, _primitives
 from conv3dt_jax.lowerings import winograd
 from tests import oracle
+from tests.helpers import quick_jit
 
 
 @st.composite
@@ -68,7 +69,7 @@ def test_value_and_gradients_are_those_of_the_definition(call, seed) -> None:
         return y, *pullback(ct)
 
     with jax.enable_x64(True):
-        y, gx, gw = jax.jit(run)(x, w, ct)
+        y, gx, gw = quick_jit(run)(x, w, ct)
     np.testing.assert_allclose(y, want, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(gx, want_gx, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(gw, want_gw, rtol=1e-10, atol=1e-10)
