@@ -6,14 +6,18 @@
 (1, 8, 8, 8, 8)
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from conv3dt_jax import initializers
 from conv3dt_jax._explain import Explanation, explain
 from conv3dt_jax._spec import Conv3DTransposeSpec
 from conv3dt_jax.functional import apply, conv3d_transpose, init, output_shape
 
 if TYPE_CHECKING:
-    from conv3dt_jax.linen import Conv3DTranspose, Convolution3DTranspose
+    from conv3dt_jax import constraints, interop, regularizers
+    from conv3dt_jax._training import constrain, regularization_loss
+    from conv3dt_jax.linen import Conv3DTranspose, Convolution3DTranspose, find_layers
 
 __version__ = "0.1.0"
 
@@ -23,22 +27,39 @@ __all__ = [
     "Convolution3DTranspose",
     "Explanation",
     "apply",
+    "constrain",
+    "constraints",
     "conv3d_transpose",
     "explain",
+    "find_layers",
     "init",
+    "initializers",
+    "interop",
     "output_shape",
+    "regularization_loss",
+    "regularizers",
 ]
 
-_LAYERS = ("Conv3DTranspose", "Convolution3DTranspose")
+# Flax and optax load when what needs them is first touched: `import conv3dt_jax` stays quick.
+_LAZY = {
+    "Conv3DTranspose": "linen",
+    "Convolution3DTranspose": "linen",
+    "constrain": "_training",
+    "constraints": "",
+    "find_layers": "linen",
+    "interop": "",
+    "regularization_loss": "_training",
+    "regularizers": "",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAYERS:  # Flax loads when a layer is first touched: `import conv3dt_jax` stays quick
-        from conv3dt_jax import linen
-
-        return getattr(linen, name)
-    raise AttributeError(f"module 'conv3dt_jax' has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'conv3dt_jax' has no attribute {name!r}")
+    if not _LAZY[name]:
+        return importlib.import_module(f"conv3dt_jax.{name}")
+    return getattr(importlib.import_module(f"conv3dt_jax.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAYERS])
+    return sorted({*globals(), *_LAZY})

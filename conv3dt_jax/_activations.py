@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from conv3dt_jax import _arguments as args
 from conv3dt_jax import _identifiers
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -109,6 +110,9 @@ FUNCTIONS: dict[str, Callable[..., jax.Array]] = {
     "threshold": threshold,
 }
 
+# Functions that are Keras's, by the names to write for them; JAX's own count where they mean the same.
+NAMED = [*FUNCTIONS.items(), ("relu", jax.nn.relu), ("softsign", jax.nn.soft_sign)]
+
 # Keras's activation layers, which configs may name: layer -> (function, {config key: our argument}).
 _LAYERS: dict[str, tuple[Callable[..., jax.Array], dict[str, str]]] = {
     "ReLU": (relu, {"max_value": "max_value", "negative_slope": "negative_slope", "threshold": "threshold"}),
@@ -146,6 +150,16 @@ def get(argument: str, identifier: Any) -> Activation:
         f"`{argument}={identifier!r}` must be a Keras name, a config dict, a callable of one array, or None, "
         f"not {type(identifier).__name__}."
     )
+
+
+def kept(identifier: Any) -> Any:
+    """An identifier as a layer keeps it: hashable; functions that are Keras's by their names."""
+    for name, function in NAMED:
+        if function is identifier:
+            return name
+    module = str(getattr(identifier, "__module__", "")).split(".")[0]
+    name = getattr(identifier, "__name__", "")
+    return name if module == "keras" and name in FUNCTIONS else args.hashable(identifier)
 
 
 def _configured(argument: str, name: str, function: Callable[..., jax.Array], config: Mapping[str, Any]) -> Activation:

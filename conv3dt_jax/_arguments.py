@@ -6,7 +6,7 @@ Every message names the argument and the value in the caller's spelling, the rul
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -41,6 +41,19 @@ def integer(name: str, value: Any, *, minimum: int, whole: Any = None) -> int:
     if number < minimum:
         raise ValueError(f"{shown} must be at least {minimum}.")
     return number
+
+
+def number(name: str, value: Any, *, minimum: float) -> float:
+    """A finite real number of at least ``minimum``, as a float; booleans and arrays do not count."""
+    if isinstance(value, bool | np.bool_ | str | bytes) or np.ndim(value) or isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{received(name, value)} must be a number, not {type(value).__name__}.")
+    try:
+        result = float(value)
+    except TypeError:
+        raise TypeError(f"{received(name, value)} must be a number, not {type(value).__name__}.") from None
+    if not minimum <= result < float("inf"):
+        raise ValueError(f"{received(name, value)} must be a finite number of at least {minimum:g}.")
+    return result
 
 
 def is_sequence(value: Any) -> bool:
@@ -172,3 +185,14 @@ def inexact_dtype(name: str, value: Any) -> np.dtype:
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"`{name}={dtype.name}` must be a floating or complex dtype: the weights are trained.")
     return dtype
+
+
+def hashable(value: Any) -> Any:
+    """Lists and arrays as tuples, dicts as frozen dicts and NumPy's scalars as Python's, all the way down."""
+    if isinstance(value, Mapping):
+        from flax.core import FrozenDict  # here, so that the function alone does not load Flax
+
+        return FrozenDict({key: hashable(item) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return tuple(map(hashable, value))
+    return hashable(np.asarray(value).tolist()) if isinstance(value, np.ndarray | np.generic | jax.Array) else value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -135,13 +135,14 @@ _ALIASES = {
 _NOT_FOR_KERNELS = {"identity", "identity_initializer", "stft", "stft_initializer", "stftinitializer"}
 
 
-def get(argument: str, identifier: Any) -> Initializer:
+def get(argument: str, identifier: Any, also: Collection[str] = ()) -> Initializer:
     """The initializer that a Keras or a JAX user means.
 
     Args:
       argument: the argument's name, for messages.
       identifier: a Keras name ("glorot_uniform", "GlorotUniform"), a Keras config dict, a Keras initializer object, or
         a callable ``(key, shape, dtype)`` as in `jax.nn.initializers` (or ``(shape, dtype)`` as Keras takes them).
+      also: names that the caller knows besides, for the message.
 
     Raises:
       ValueError: an unknown name, or a config that does not fit.
@@ -150,10 +151,10 @@ def get(argument: str, identifier: Any) -> Initializer:
     if isinstance(identifier, type) and hasattr(identifier, "get_config"):
         identifier = identifier()  # Keras takes the class for an object with its defaults
     if isinstance(identifier, str | Mapping):
-        return _from_name(argument, *_identifiers.parse(argument, identifier))
+        return _from_name(argument, *_identifiers.parse(argument, identifier), also)
     if callable(identifier) and not isinstance(identifier, type):
         if hasattr(identifier, "get_config") and _canonical(type(identifier).__name__) in MAKERS:
-            return _from_name(argument, type(identifier).__name__, identifier.get_config())
+            return _from_name(argument, type(identifier).__name__, identifier.get_config(), also)
         return _adapt(identifier)
     raise TypeError(
         f"{received(argument, identifier)} must be a Keras name, a config dict or a callable (key, shape, dtype), "
@@ -166,14 +167,16 @@ def _canonical(name: str) -> str:
     return _ALIASES.get(snake, snake)
 
 
-def _from_name(argument: str, name: str, config: dict[str, Any]) -> Initializer:
+def _from_name(argument: str, name: str, config: dict[str, Any], also: Collection[str]) -> Initializer:
     known = _canonical(name)
     if known in _NOT_FOR_KERNELS:
         raise ValueError(f"`{argument}={name!r}` makes no convolution parameters; choose another initializer.")
     if known not in MAKERS:
-        raise _identifiers.unknown_name(argument, name, MAKERS)
+        raise _identifiers.unknown_name(argument, name, {*MAKERS, *also})
     config = dict(config)
     seed = config.pop("seed", None)
+    if isinstance(seed, Mapping):  # a seed generator of Keras 3: its first draw is that of the seed
+        seed = (seed.get("config") or {}).get("seed", seed)
     config.pop("dtype", None)  # written by TensorFlow 2's Keras; the dtype is the layer's to say
     initializer = _identifiers.call_with(argument, name, MAKERS[known], config)
     return initializer if seed is None else _seeded(argument, initializer, seed)

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import FrozenDict
 
-from conv3dt_jax import _activations, _initializers, _operands
+from conv3dt_jax import _activations, _dtype_policy, _initializers, _operands, constraints, initializers, regularizers
 from conv3dt_jax import _arguments as args
+from conv3dt_jax._given_weights import GivenWeights
 from conv3dt_jax._keras_config import default_data_format
 from conv3dt_jax._spec import Conv3DTransposeSpec
-
-# Regularizers and constraints are not built yet: anything but None is refused by name.
-NOT_YET = (
-    "kernel_regularizer",
-    "bias_regularizer",
-    "activity_regularizer",
-    "kernel_constraint",
-    "bias_constraint",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +25,24 @@ class LayerConfig:
     activation: _activations.Activation
     kernel_initializer: _initializers.Initializer
     bias_initializer: _initializers.Initializer
+    kernel_regularizer: regularizers.Regularizer | None
+    bias_regularizer: regularizers.Regularizer | None
+    activity_regularizer: regularizers.Regularizer | None
+    kernel_constraint: constraints.Constraint | None
+    bias_constraint: constraints.Constraint | None
     dtype: np.dtype | None
     param_dtype: np.dtype
     input_shape: tuple[int | None, ...] | None
+    batch_input_shape: tuple[int | None, ...] | None
+    trainable: bool
+    weights: GivenWeights | None
+
+    @property
+    def makers(self) -> tuple[_initializers.Initializer, _initializers.Initializer]:
+        """What makes the kernel and the bias: the initializers, or the weights that were given."""
+        if self.weights is None:
+            return self.kernel_initializer, self.bias_initializer
+        return self.weights.initializer(0), self.weights.initializer(1)
 
 
 def configure(layer: Any) -> LayerConfig:
@@ -44,12 +50,8 @@ def configure(layer: Any) -> LayerConfig:
 
     Raises:
       TypeError, ValueError: as `Conv3DTransposeSpec` does; also what Keras refuses: stride > 1 with dilation > 1,
-        ``output_padding >= strides``.
-      NotImplementedError: a regularizer or constraint other than None.
+        ``output_padding >= strides``; and names, configs and shapes that mean nothing.
     """
-    for name in NOT_YET:
-        if getattr(layer, name) is not None:
-            raise NotImplementedError(f"`{name}` is not supported yet; leave it None.")
     spec = Conv3DTransposeSpec(
         filters=layer.filters,
         kernel_size=layer.kernel_size,
@@ -64,44 +66,85 @@ def configure(layer: Any) -> LayerConfig:
         implementation=layer.implementation,
     )
     spec.check_keras_rules()
+    dtype, param_dtype = _dtype_policy.resolve(layer.dtype, layer.param_dtype)
+    input_shape, batch_input_shape = _input_shapes(layer.input_shape, layer.batch_input_shape)
     return LayerConfig(
         spec=spec,
         activation=_activations.get("activation", layer.activation),
-        kernel_initializer=_initializers.get("kernel_initializer", layer.kernel_initializer),
-        bias_initializer=_initializers.get("bias_initializer", layer.bias_initializer),
-        dtype=None if layer.dtype is None else args.inexact_dtype("dtype", layer.dtype),
-        param_dtype=args.inexact_dtype("param_dtype", layer.param_dtype),
-        input_shape=_input_shape(layer.input_shape),
+        kernel_initializer=initializers.get("kernel_initializer", layer.kernel_initializer, spec.strides, spec.groups),
+        bias_initializer=initializers.get("bias_initializer", layer.bias_initializer),
+        kernel_regularizer=regularizers.get("kernel_regularizer", layer.kernel_regularizer),
+        bias_regularizer=regularizers.get("bias_regularizer", layer.bias_regularizer),
+        activity_regularizer=regularizers.get("activity_regularizer", layer.activity_regularizer),
+        kernel_constraint=constraints.get("kernel_constraint", layer.kernel_constraint, rank=5),
+        bias_constraint=constraints.get("bias_constraint", layer.bias_constraint, rank=1),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        input_shape=input_shape,
+        batch_input_shape=batch_input_shape,
+        trainable=args.boolean("trainable", layer.trainable),
+        weights=None if layer.weights is None else GivenWeights.of(layer.weights, spec, param_dtype),
     )
 
 
-def _input_shape(value: Any) -> tuple[int | None, ...] | None:
+PENALTIES = ("kernel_regularizer", "bias_regularizer", "activity_regularizer")
+CONSTRAINTS = ("kernel_constraint", "bias_constraint")
+
+# Arguments that a layer keeps in canonical form, so that equal layers are equal and a config has one spelling.
+_OF_SPEC = (
+    "filters", "kernel_size", "strides", "padding", "output_padding", "dilation_rate", "groups", "data_format",
+    "use_bias", "precision", "implementation",
+)  # fmt: skip
+_OF_CONFIG = ("dtype", "param_dtype", "input_shape", "batch_input_shape", "trainable", "weights")
+FUNCTIONS = ("activation", "kernel_initializer", "bias_initializer", *PENALTIES, *CONSTRAINTS)
+ARGUMENTS = (*_OF_SPEC, *_OF_CONFIG, *FUNCTIONS)
+
+
+def canonical(layer: Any) -> dict[str, Any]:
+    """The layer's arguments as it shall keep them: triples, lower-case names, dtypes; hashable, all of them."""
+    config = configure(layer)
+    kept = {name: getattr(config.spec, name) for name in _OF_SPEC}
+    kept |= {name: getattr(config, name) for name in (*_OF_CONFIG, *PENALTIES, *CONSTRAINTS)}
+    kept |= {name: initializers.kept(getattr(layer, name)) for name in ("kernel_initializer", "bias_initializer")}
+    return kept | {"activation": _activations.kept(layer.activation)}
+
+
+def _input_shapes(inner: Any, whole: Any) -> tuple[tuple[int | None, ...] | None, tuple[int | None, ...] | None]:
+    inner, whole = _shape("input_shape", inner, 4), _shape("batch_input_shape", whole, 5)
+    if inner is not None and whole is not None and inner != whole[1:]:
+        raise ValueError(
+            f"`input_shape={inner}` and `batch_input_shape={whole}` differ; give one of them, or the same sizes."
+        )
+    return inner, whole
+
+
+def _shape(argument: str, value: Any, rank: int) -> tuple[int | None, ...] | None:
     if value is None:
         return None
-    if not args.is_sequence(value) or len(value) != 4:
+    if not args.is_sequence(value) or len(value) != rank:
+        batch = "with" if rank == 5 else "without"
         raise ValueError(
-            f"{args.received('input_shape', value)} must be the 4 sizes of an input without its batch (or None)."
+            f"{args.received(argument, value)} must be the {rank} sizes of an input {batch} its batch (or None)."
         )
-    return tuple(None if size is None else args.integer("input_shape", size, minimum=0, whole=value) for size in value)
-
-
-def hashable(value: Any) -> Any:
-    """Lists and arrays as tuples and dicts as frozen dicts, all the way down."""
-    if isinstance(value, Mapping):
-        return FrozenDict({key: hashable(item) for key, item in value.items()})
-    if isinstance(value, list | tuple):
-        return tuple(map(hashable, value))
-    return hashable(np.asarray(value).tolist()) if isinstance(value, np.ndarray | jax.Array) else value
+    return tuple(None if size is None else args.integer(argument, size, minimum=0, whole=value) for size in value)
 
 
 def in_channels(config: LayerConfig, inputs: Any) -> tuple[jax.Array, int]:
     """The inputs as an array, and the number of their channels."""
     array = _operands.array("inputs", inputs)
     channels = config.spec.split_shape(array.shape)[2]
-    expected = config.input_shape or (None,) * 4
-    if any(size not in (None, given) for size, given in zip(expected, array.shape[-4:], strict=True)):
-        raise ValueError(f"the inputs have shape {array.shape}, but the layer was made for `input_shape={expected}`.")
+    for argument in ("input_shape", "batch_input_shape"):
+        expected = getattr(config, argument)
+        if expected is not None and not _fits(array.shape, expected):
+            raise ValueError(
+                f"the inputs have shape {array.shape}, but the layer was made for `{argument}={expected}`."
+            )
     return array, channels
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    last = shape[-len(expected) :]
+    return len(last) == len(expected) and all(a is None or a == b for a, b in zip(expected, last, strict=True))
 
 
 def check_drawn(argument: str, value: jax.Array, shape: tuple[int, ...]) -> None:
@@ -124,3 +167,22 @@ def compute_dtype(config: LayerConfig, *operands: jax.Array | None) -> np.dtype:
         return config.dtype
     promoted = jnp.result_type(*given)
     return promoted if jnp.issubdtype(promoted, jnp.inexact) else jnp.promote_types(promoted, jnp.float32)
+
+
+def penalty(argument: str, regularizer: regularizers.Regularizer, value: jax.Array) -> jax.Array:
+    """What a regularizer takes for a value: a scalar."""
+    try:
+        loss = jnp.asarray(regularizer(value))
+    except ValueError as error:
+        raise ValueError(f"`{argument}` does not take an array of shape {value.shape}: {error}") from error
+    if loss.ndim:
+        raise ValueError(f"`{argument}` returned shape {loss.shape}; it must return a scalar.")
+    return loss
+
+
+def activity_loss(config: LayerConfig, outputs: jax.Array) -> jax.Array:
+    """The penalty on the layer's outputs, divided by the size of the batch, as Keras 3 does; 0 for none."""
+    assert config.activity_regularizer is not None
+    batch = math.prod(outputs.shape[:-4])
+    loss = penalty("activity_regularizer", config.activity_regularizer, outputs)
+    return jnp.zeros_like(loss) if batch == 0 else loss / batch

@@ -201,6 +201,17 @@ class Conv3DTransposeSpec:
         geometry = self.geometry(spatial, output_size)
         return self.join_shape(batch, [axis.out for axis in geometry], self.filters)
 
+    def partial_output_shape(self, input_shape: Sequence[Any]) -> tuple[Any, ...]:
+        """The output's shape where None stands for sizes that are not known."""
+        if not args.is_sequence(input_shape):
+            raise TypeError(f"{args.received('input_shape', input_shape)} must be a shape: integers or None.")
+        given = (None if n is None else args.dimension("input_shape", n, whole=input_shape) for n in input_shape)
+        batch, spatial, channels = self.split_shape(tuple(given))
+        if channels is not None:
+            self.kernel_shape(channels)
+        out = [None if n is None else self._axis(i, n, None, keras_rules=True).out for i, n in enumerate(spatial)]
+        return self.join_shape(batch, out, self.filters)
+
 
 def _nearest_multiples(value: int, divisor: int) -> str:
     below = value // divisor * divisor

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from conv3dt_jax import _arguments as args
 from conv3dt_jax import _batching as _batching  # registers the rules of jax.vmap
-from conv3dt_jax import _initializers, _operands, _primitives
+from conv3dt_jax import _operands, _primitives, initializers
 from conv3dt_jax._choice import check_named
 from conv3dt_jax._geometry import Geometry
 from conv3dt_jax._spec import Conv3DTransposeSpec
@@ -191,7 +191,7 @@ def init(
       spec: the operation.
       in_channels: channels C of the inputs.
       dtype: dtype of the parameters.
-      kernel_initializer: a Keras name, a config dict, or a callable ``(key, shape, dtype)``.
+      kernel_initializer: a Keras name, "trilinear", "icnr", a config dict, or a callable ``(key, shape, dtype)``.
       bias_initializer: likewise.
 
     Returns:
@@ -208,10 +208,10 @@ def init(
     _check_spec(spec)
     dtype = args.inexact_dtype("dtype", dtype)
     kernel_key, bias_key = jax.random.split(key)
-    make_kernel = _initializers.get("kernel_initializer", kernel_initializer)
+    make_kernel = initializers.get("kernel_initializer", kernel_initializer, spec.strides, spec.groups)
     params = {"kernel": make_kernel(kernel_key, spec.kernel_shape(in_channels), dtype)}
     if spec.use_bias:
-        make_bias = _initializers.get("bias_initializer", bias_initializer)
+        make_bias = initializers.get("bias_initializer", bias_initializer)
         params = {"bias": make_bias(bias_key, (spec.filters,), dtype), **params}
     return params
 

@@ -9,12 +9,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core import meta
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from conv3dt_jax import _layer, functional
+from conv3dt_jax import _config, _layer, functional
 
 Identifier = str | Mapping[str, Any] | Callable[..., Any] | None
 
@@ -39,19 +38,28 @@ class Conv3DTranspose(nn.Module):
       dilation_rate: output steps between two taps; above 1 only with ``strides`` of 1.
       activation: a Keras name, config dict or callable; None for none.
       use_bias: whether a bias is added.
-      kernel_initializer: a Keras name, config dict, or a callable ``(key, shape, dtype)``.
+      kernel_initializer: a Keras name, "trilinear", "icnr" (see `conv3dt_jax.initializers`), a config dict, or a
+        callable ``(key, shape, dtype)``.
       bias_initializer: likewise.
-      kernel_regularizer: None (regularizers and constraints are not supported yet).
-      bias_regularizer: None.
-      activity_regularizer: None.
-      kernel_constraint: None.
-      bias_constraint: None.
+      kernel_regularizer: a name, config dict, object or callable (see `conv3dt_jax.regularizers`), whose penalty
+        `conv3dt_jax.regularization_loss` computes from the parameters.
+      bias_regularizer: likewise.
+      activity_regularizer: likewise, for the output: its penalty, divided by the size of the batch, is sown into the
+        collection "losses" where a call has that ``mutable``.
+      kernel_constraint: a name, config dict, object or callable (see `conv3dt_jax.constraints`), which
+        `conv3dt_jax.constrain` applies after each update of an optimizer.
+      bias_constraint: likewise.
       groups: G; input channels and filters are split into G blocks, as in PyTorch.
-      dtype: dtype of the computation and the result; None promotes inputs and parameters, as Flax does.
+      dtype: dtype of the computation and the result; None promotes inputs and parameters, as Flax does. Also Keras's
+        policies "mixed_bfloat16" and "mixed_float16", with float32 parameters.
       param_dtype: dtype of the parameters.
       precision: see `jax.lax.conv_general_dilated`.
       implementation: "auto" or the name of a lowering, as in `conv3d_transpose`.
       input_shape: Keras's hint, the shape of an input without its batch, None for unknown sizes; checked at the call.
+      batch_input_shape: likewise, with the batch.
+      trainable: with False no gradient flows to the parameters (`jax.lax.stop_gradient`), they have no penalty, and
+        `conv3dt_jax.constrain` leaves them as they are.
+      weights: initial values ``[kernel, bias]`` in place of those of the initializers, cast to ``param_dtype``.
 
     Parameters: ``kernel`` ``(kd, kh, kw, F // G, C)`` and, with ``use_bias``, ``bias`` ``(F,)``.
 
@@ -59,7 +67,6 @@ class Conv3DTranspose(nn.Module):
       ValueError: on construction, as Keras: ``padding="causal"``, ``strides`` and ``dilation_rate`` both above 1,
         ``output_padding`` not below ``strides``, unknown names, sizes out of range.
       TypeError: on construction, arguments of the wrong type (a boolean or a float for an integer, say).
-      NotImplementedError: a regularizer or a constraint.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -98,12 +105,14 @@ class Conv3DTranspose(nn.Module):
     precision: lax.PrecisionLike = None
     implementation: functional.Implementation = "auto"
     input_shape: Sequence[int | None] | None = None
+    batch_input_shape: Sequence[int | None] | None = None
+    trainable: bool = True
+    weights: Sequence[ArrayLike] | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # lists and dicts would make the module unhashable, and so jit fail
-            if isinstance(getattr(self, field.name), list | dict | np.ndarray | jax.Array):
-                object.__setattr__(self, field.name, _layer.hashable(getattr(self, field.name)))
-        _layer.configure(self)  # for its errors; what it returns holds functions, which would keep pickle away
+        # Names stay names: the functions that they mean would keep pickle away.
+        for name, value in _layer.canonical(self).items():
+            object.__setattr__(self, name, value)
         super().__post_init__()
 
     @nn.compact
@@ -123,17 +132,68 @@ class Conv3DTranspose(nn.Module):
         spec = config.spec if output_size is None else config.spec.without_output_padding()
         kernel_shape = spec.kernel_shape(channels)
         self._check_given_kernel(channels)
-        kernel = self.param("kernel", config.kernel_initializer, kernel_shape, config.param_dtype)
+        make_kernel, make_bias = config.makers
+        kernel = self.param("kernel", make_kernel, kernel_shape, config.param_dtype)
         _layer.check_drawn("kernel_initializer", kernel, kernel_shape)
         bias = None
         if spec.use_bias:
-            bias = self.param("bias", config.bias_initializer, (spec.filters,), config.param_dtype)
+            bias = self.param("bias", make_bias, (spec.filters,), config.param_dtype)
             _layer.check_drawn("bias_initializer", bias, (spec.filters,))
+        if not config.trainable:
+            kernel, bias = lax.stop_gradient((kernel, bias))
         dtype = _layer.compute_dtype(config, inputs, kernel, bias)
         inputs, kernel = inputs.astype(dtype), kernel.astype(dtype)
         bias = None if bias is None else bias.astype(dtype)
         outputs = functional.run(inputs, kernel, bias, spec, output_size, keras_rules=True)
-        return config.activation(outputs)
+        outputs = config.activation(outputs)
+        # At init nothing is sown: the loss would come back among the variables, and be counted again.
+        if config.activity_regularizer is not None and not self.is_initializing():
+            self.sow("losses", "activity_regularizer", _layer.activity_loss(config, outputs))
+        return outputs
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        """The output's shape for inputs of ``input_shape``, None standing for what is not known, as in Keras.
+
+        Example:
+          >>> Conv3DTranspose(8, 3, strides=2, padding="same").compute_output_shape((None, 4, None, 6, 3))
+          (None, 8, None, 12, 8)
+        """
+        return _layer.configure(self).spec.partial_output_shape(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        """The layer's arguments as a dict that JSON can hold, in Keras's form: `from_config` and Keras 3 take it.
+
+        What Keras does not have (``groups``, ``precision``, ``implementation``, ...) is in it where it is not at its
+        default.
+
+        Raises:
+          ValueError: a callable that has no name (a lambda, a closure), which no config can hold.
+
+        Example:
+          >>> config = Conv3DTranspose(8, 3, kernel_regularizer="l2").get_config()
+          >>> config["kernel_size"], config["kernel_regularizer"]["config"]
+          ([3, 3, 3], {'l2': 0.01})
+          >>> Conv3DTranspose.from_config(config) == Conv3DTranspose(8, 3, kernel_regularizer="l2")
+          True
+        """
+        return _config.to_config(self)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Conv3DTranspose:
+        """The layer of a config: of `get_config` here, or of Keras 3 or Keras 2, also as it stands in a saved model.
+
+        Args:
+          config: the dict, or ``{"class_name": "Conv3DTranspose", "config": {...}}`` around it.
+          custom_objects: functions and classes for the names that are not Keras's.
+
+        Raises:
+          ValueError: a key or a name that is unknown, or values that the layer refuses.
+
+        Example:
+          >>> Conv3DTranspose.from_config({"filters": 8, "kernel_size": [3, 3, 3], "strides": [2, 2, 2]}).strides
+          (2, 2, 2)
+        """
+        return cls(**_config.from_config(config, [field.name for field in dataclasses.fields(cls)], custom_objects))
 
     def _check_given_kernel(self, channels: int) -> None:
         if not self.has_variable("params", "kernel"):
@@ -144,6 +204,47 @@ class Conv3DTranspose(nn.Module):
                 f"the inputs have {channels} channels, but the layer's kernel of shape {given} was made for "
                 f"{given[-1]}; give inputs with {given[-1]} channels, or initialize the layer again."
             )
+
+
+def find_layers(model: nn.Module, *inputs: Any, **options: Any) -> dict[tuple[str, ...], Conv3DTranspose]:
+    """The `Conv3DTranspose` layers that a Linen model calls, by their paths among its parameters.
+
+    `regularization_loss` and `constrain` take the dict. Nothing is computed: the call is traced with abstract values.
+
+    Args:
+      model: the model.
+      inputs: what it is called with; `jax.ShapeDtypeStruct` may stand for arrays.
+      options: keyword arguments of the call, also ``method`` (as `flax.linen.Module.init` takes them).
+
+    Returns:
+      ``{("decoder", "up_0"): Conv3DTranspose(...), ...}``; the path of a model that is a layer itself is ``()``.
+
+    Example:
+      >>> import jax.numpy as jnp, flax.linen as nn
+      >>> model = nn.Sequential([nn.Conv(4, (3, 3, 3)), Conv3DTranspose(2, 2, strides=2)])
+      >>> [*find_layers(model, jnp.ones((1, 4, 4, 4, 1)))]
+      [('layers_1',)]
+    """
+    found: dict[tuple[str, ...], Conv3DTranspose] = {}
+
+    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, Conv3DTranspose) and context.method_name == "__call__":
+            layer = context.module
+            fields = {name: getattr(layer, name) for name in _layer.ARGUMENTS}
+            found[layer.path] = Conv3DTranspose(**fields, name=layer.name, parent=None)
+        return call(*args, **kwargs)
+
+    traced = [i for i, one in enumerate(inputs) if all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(one))]
+
+    def init(key: jax.Array, *arrays: Any) -> Any:
+        given = list(inputs)
+        for i, array in zip(traced, arrays, strict=True):
+            given[i] = array
+        return model.init({"params": key, "dropout": key}, *given, **options)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(init, jax.random.key(0), *(inputs[i] for i in traced))
+    return found
 
 
 Convolution3DTranspose = Conv3DTranspose

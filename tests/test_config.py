@@ -1,0 +1,362 @@
+"""Configs: JSON and back, to and from Keras 3, from Keras 2; and the arguments that every Keras layer has."""
+
+import copy
+import json
+import pickle
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import optax
+import pytest
+
+import conv3dt_jax as c3t
+from conv3dt_jax import constraints, initializers, regularizers
+from tests.helpers import label
+
+pytestmark = pytest.mark.lenient
+
+X = np.random.default_rng(0).normal(size=(2, 3, 4, 2, 3)).astype(np.float32)
+RNG = np.random.default_rng(1)
+
+
+def my_activation(x):
+    return x * 2
+
+
+class MyPenalty:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x):
+        return self.factor * x.sum()
+
+    def get_config(self):
+        return {"factor": self.factor}
+
+    def __eq__(self, other):
+        return isinstance(other, MyPenalty) and self.factor == other.factor
+
+    def __hash__(self):
+        return hash(self.factor)
+
+
+CUSTOM = {"my_activation": my_activation, "MyPenalty": MyPenalty}
+
+# What Keras 3 takes as well.
+SHARED = [
+    {}, {"kernel_size": [2, 3, 1], "strides": (1, 2, 3), "padding": "SAME"}, {"strides": 2, "output_padding": (1, 0, 1)},
+    {"data_format": "channels_first"}, {"dilation_rate": 2}, {"activation": "relu"}, {"activation": "hard_silu"},
+    {"use_bias": False}, {"kernel_initializer": "he_normal", "bias_initializer": "ones"},
+    {"kernel_initializer": {"class_name": "VarianceScaling", "config": {"scale": 2.0, "mode": "fan_out", "distribution": "uniform", "seed": 3}}},
+    {"kernel_regularizer": "l2", "bias_regularizer": regularizers.L1L2(0.1, 0.2), "activity_regularizer": {"class_name": "L1", "config": {"l1": 0.5}}},
+    {"kernel_constraint": constraints.MaxNorm(1.5, axis=(0, 1, 2)), "bias_constraint": "non_neg"},
+    {"kernel_constraint": constraints.MinMaxNorm(0.1, 0.9, rate=0.5, axis=[0, 4])}, {"name": "up_1"}, {"trainable": False},
+    {"dtype": "mixed_bfloat16"}, {"dtype": "mixed_float16"}, {"dtype": "float32"}, {"dtype": "bfloat16", "param_dtype": "bfloat16"},
+    {"activation": jax.nn.relu}, {"activation": jnp.tanh}, {"kernel_regularizer": regularizers.L2(1e-4)},
+]  # fmt: skip
+# What is ours alone.
+OURS = [
+    {"groups": 2}, {"precision": "highest"}, {"precision": ("high", None)}, {"implementation": "dilated"},
+    {"padding": "circular"}, {"padding": ((0, 1), (1, 0), (1, 1))}, {"padding": 1}, {"dtype": "bfloat16"},
+    {"dtype": "float32", "param_dtype": "bfloat16"}, {"param_dtype": "float16"}, {"input_shape": (3, None, 2, 3)},
+    {"batch_input_shape": (None, 3, 4, 2, 3)}, {"kernel_initializer": "icnr"},
+    {"kernel_initializer": initializers.ICNR("he_normal")}, {"filters": 3, "kernel_size": 4, "kernel_initializer": initializers.Trilinear()},
+    {"weights": [RNG.normal(size=(3, 3, 3, 4, 3)), RNG.normal(size=4)]},
+    {"weights": [RNG.normal(size=(3, 3, 3, 4, 3))], "use_bias": False, "param_dtype": "bfloat16"},
+    {"activation": my_activation, "kernel_regularizer": MyPenalty(0.5)}, {"kernel_regularizer": "l1_l2"},
+]  # fmt: skip
+
+
+def make(arguments):
+    return c3t.Conv3DTranspose(**{"filters": 4, "kernel_size": 3, **arguments})
+
+
+@pytest.mark.parametrize("arguments", SHARED + OURS, ids=label)
+def test_round_trip_through_json(arguments) -> None:
+    layer = make(arguments)
+    config = layer.get_config()
+    text = json.dumps(config)
+    again = c3t.Conv3DTranspose.from_config(json.loads(text), custom_objects=CUSTOM)
+    assert json.dumps(again.get_config()) == text
+    x = np.moveaxis(X, -1, 1) if layer.data_format == "channels_first" else X
+    x = x[..., :2] if arguments.get("groups") else x
+    variables = layer.init(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, variables, again.init(jax.random.key(0), x))
+    np.testing.assert_array_equal(layer.apply(variables, x), again.apply(variables, x))
+    assert again == layer
+    assert hash(again) == hash(layer)
+
+
+@pytest.mark.parametrize("arguments", SHARED, ids=label)
+def test_keras_3_builds_the_same_layer_and_gives_it_back(arguments) -> None:
+    ours = make(arguments)
+    theirs = keras.layers.Conv3DTranspose.from_config(json.loads(json.dumps(ours.get_config())))
+    x = np.moveaxis(X, -1, 1) if ours.data_format == "channels_first" else X
+    theirs.build(x.shape)
+    params = {weight.name: jnp.asarray(weight.value) for weight in theirs.weights}
+    back = c3t.Conv3DTranspose.from_config(json.loads(json.dumps(theirs.get_config())))
+    saved = c3t.Conv3DTranspose.from_config(json.loads(json.dumps(keras.saving.serialize_keras_object(theirs))))
+    want = theirs(x)
+    for layer in (ours, back, saved):
+        got, state = layer.apply({"params": params}, x, mutable=["losses"])
+        tolerance = 2e-5 if got.dtype == jnp.float32 else 0.05
+        np.testing.assert_allclose(
+            np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=tolerance, atol=tolerance
+        )
+        losses = c3t.regularization_loss({"params": params, **state}, layer)
+        np.testing.assert_allclose(losses, sum(map(float, theirs.losses)), rtol=1e-2 if tolerance > 1e-3 else 1e-5)
+        assert layer.trainable == theirs.trainable
+        assert str(got.dtype) == keras.backend.standardize_dtype(want.dtype)
+        made = layer.init(jax.random.key(0), x)["params"]
+        assert {name: value.dtype for name, value in made.items()} == {
+            name: value.dtype for name, value in params.items()
+        }
+    assert theirs.name == (ours.name or theirs.name) == back.name
+
+
+KERAS_2 = {
+    "name": "conv3d_transpose", "trainable": True, "batch_input_shape": (None, 3, 4, 2, 3), "dtype": "float32", "filters": 4,
+    "kernel_size": (2, 3, 2), "strides": (2, 2, 2), "padding": "same", "data_format": "channels_last", "groups": 1,
+    "activation": "relu", "use_bias": True,
+    "kernel_initializer": {"class_name": "GlorotUniform", "config": {"seed": None}},
+    "bias_initializer": {"class_name": "Zeros", "config": {}},
+    "kernel_regularizer": {"class_name": "L1L2", "config": {"l1": 0.009999999776482582, "l2": 0.0}},
+    "bias_regularizer": {"class_name": "L2", "config": {"l2": 0.009999999776482582}}, "activity_regularizer": None,
+    "kernel_constraint": {"class_name": "MaxNorm", "config": {"max_value": 2, "axis": [0, 1, 2]}},
+    "bias_constraint": {"class_name": "NonNeg", "config": {}}, "output_padding": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_config_of_keras_2_builds_ours(wrapped) -> None:
+    config = {"class_name": "Conv3DTranspose", "config": KERAS_2} if wrapped else KERAS_2
+    layer = c3t.Conv3DTranspose.from_config(json.loads(json.dumps(config)))
+    assert layer.strides == (2, 2, 2)
+    assert layer.batch_input_shape == (None, 3, 4, 2, 3)
+    variables = layer.init(jax.random.key(0), X)
+    assert c3t.regularization_loss(variables, layer) > 0
+    with pytest.raises(ValueError, match="the layer was made for `batch_input_shape"):
+        layer.init(jax.random.key(0), X[:, :2])
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        {"class_name": "Policy", "config": {"name": "mixed_bfloat16"}},
+        {"class_name": "PolicyV1", "config": {"name": "mixed_bfloat16", "loss_scale": None}},
+        {"module": "keras", "class_name": "DTypePolicy", "config": {"name": "mixed_bfloat16"}, "registered_name": None},
+        "mixed_bfloat16",
+    ],
+    ids=label,
+)
+def test_policies_of_every_keras(dtype) -> None:
+    layers = [c3t.Conv3DTranspose.from_config({**KERAS_2, "dtype": dtype}), c3t.Conv3DTranspose(4, 3, dtype=dtype)]
+    for layer in layers:
+        outputs, variables = layer.init_with_output(jax.random.key(0), X)
+        assert outputs.dtype == jnp.bfloat16
+        assert variables["params"]["kernel"].dtype == jnp.float32
+    assert c3t.Conv3DTranspose(4, 3, dtype=keras.DTypePolicy("mixed_bfloat16")) == layers[1]
+    assert keras.layers.Conv3DTranspose(4, 3, dtype=dtype if isinstance(dtype, str) else None).compute_dtype
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"filters": 4, "kernel_size": 3, "stride": 2}, "unknown key 'stride'; did you mean 'strides'"),
+        ({"filters": 4, "kernel_size": 3, "rate": 2, "zoom": 1}, "unknown keys 'rate', 'zoom'"),
+        ({"filters": 4}, "lacks 'kernel_size'"),
+        ({"class_name": "Conv3D", "config": {}}, "this is the config of 'Conv3D'"),
+        ({"filters": 4, "kernel_size": 3, "activation": {"class_name": "function", "config": "swoosh"}}, "is not a name that Keras knows"),
+        ({"filters": 4, "kernel_size": 3, "activation": {"module": "my.package", "class_name": "Swoosh", "config": {}}}, "names 'Swoosh' of my.package; pass custom_objects"),
+        ({"filters": 4, "kernel_size": 3, "dtype": "mixed_int8"}, "not a policy that Keras knows"),
+        ({"filters": 4, "kernel_size": 3, "dtype": {"class_name": "QuantizedDTypePolicy", "config": {"name": "int8_from_float32"}}}, "one of Keras's policies"),
+    ],
+)  # fmt: skip
+def test_configs_that_are_refused(config, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        c3t.Conv3DTranspose.from_config(config)
+    with pytest.raises(TypeError, match="must be a dict"):
+        c3t.Conv3DTranspose.from_config([config])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"activation": lambda x: x}, "`activation=.*has no name that a config can hold. Use a Keras name"),
+        ({"kernel_initializer": jax.nn.initializers.he_normal()}, "`kernel_initializer=.*has no name"),
+        ({"activation": jax.nn.gelu}, "is not the 'gelu' of Keras"),
+        ({"activation": jax.nn.leaky_relu}, "is not the 'leaky_relu' of Keras"),
+        ({"kernel_constraint": __import__("functools").partial(jnp.clip, min=0)}, "has no name"),
+    ],
+)
+def test_callables_without_a_name_have_no_config(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(arguments).get_config()
+
+
+@keras.saving.register_keras_serializable("tests")
+class Registered(keras.regularizers.Regularizer):
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x):
+        return self.factor * abs(x).sum()
+
+    def get_config(self):
+        return {"scale": self.factor}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(config["scale"])
+
+
+@keras.saving.register_keras_serializable("tests")
+def swoosh(x):
+    return x * 3
+
+
+def test_what_is_registered_with_keras_goes_both_ways() -> None:
+    layer = make({"kernel_regularizer": Registered(0.5), "activation": swoosh})
+    config = json.loads(json.dumps(layer.get_config()))
+    theirs = keras.layers.Conv3DTranspose.from_config(config)
+    assert theirs.kernel_regularizer.factor == 0.5
+    assert theirs.activation is swoosh
+    for given in (config, theirs.get_config(), keras.saving.serialize_keras_object(theirs)):
+        again = c3t.Conv3DTranspose.from_config(json.loads(json.dumps(given)))
+        assert again.kernel_regularizer.factor == 0.5
+        assert again.activation is swoosh
+    assert c3t.interop.layer_from_keras(theirs).activation is swoosh
+
+
+def test_custom_objects_reach_the_inner_initializer() -> None:
+    def ones(key, shape, dtype):
+        return jnp.ones(shape, dtype)
+
+    config = make({"kernel_size": 4, "strides": 2, "kernel_initializer": initializers.ICNR(my_activation)}).get_config()
+    again = c3t.Conv3DTranspose.from_config(config, {"my_activation": ones})
+    assert (again.init(jax.random.key(0), X)["params"]["kernel"] == 1).all()
+
+
+def test_numpy_numbers_in_configs_are_written_as_numbers() -> None:
+    layer = make({
+        "kernel_regularizer": {"class_name": "L2", "config": {"l2": np.float32(0.5)}},
+        "kernel_constraint": {"class_name": "MaxNorm", "config": {"axis": np.int64(0)}},
+        "kernel_initializer": {"class_name": "RandomNormal", "config": {"stddev": np.float32(0.5), "seed": np.int64(1)}},
+    })  # fmt: skip
+    assert c3t.Conv3DTranspose.from_config(json.loads(json.dumps(layer.get_config()))) == layer
+
+
+def test_classes_stand_for_their_defaults() -> None:
+    layer = make({
+        "kernel_regularizer": keras.regularizers.L2, "bias_regularizer": regularizers.L1, "kernel_constraint": constraints.NonNeg,
+        "bias_constraint": keras.constraints.UnitNorm, "kernel_initializer": keras.initializers.HeNormal,
+    })  # fmt: skip
+    assert c3t.Conv3DTranspose.from_config(json.loads(json.dumps(layer.get_config()))) == layer
+    assert layer.kernel_regularizer == regularizers.L2()
+    assert pickle.loads(pickle.dumps(layer)) == layer == copy.deepcopy(layer)
+
+
+def test_given_weights_stay_read_only() -> None:
+    layer = make({"weights": [RNG.normal(size=(3, 3, 3, 4, 3)), RNG.normal(size=4)]})
+    for twin in (layer, pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert twin == layer
+        with pytest.raises(ValueError, match="read-only"):
+            twin.weights[0][...] = 0
+
+
+def test_keras_objects_are_written_by_their_configs() -> None:
+    layer = make({
+        "kernel_initializer": keras.initializers.HeNormal(seed=3), "kernel_regularizer": keras.regularizers.L2(0.25),
+        "kernel_constraint": keras.constraints.MaxNorm(3, axis=[0, 1]), "activation": keras.activations.gelu,
+    })  # fmt: skip
+    config = json.loads(json.dumps(layer.get_config()))
+    again = c3t.Conv3DTranspose.from_config(config)
+    jax.tree.map(np.testing.assert_array_equal, layer.init(jax.random.key(0), X), again.init(jax.random.key(1), X))
+    theirs = keras.layers.Conv3DTranspose.from_config(config)
+    assert theirs.kernel_regularizer.l2 == 0.25
+    assert theirs.activation is keras.activations.gelu
+
+
+def test_base_arguments() -> None:
+    kernel, bias = RNG.normal(size=(2, 2, 2, 4, 3)).astype(np.float32), RNG.normal(size=4).astype(np.float32)
+    layer = c3t.Conv3DTranspose(4, 2, name="up", weights=[kernel, bias], batch_input_shape=(2, None, 4, 2, 3))
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
+    np.testing.assert_array_equal(variables["params"]["kernel"], kernel)
+    np.testing.assert_array_equal(variables["params"]["bias"], bias)
+    assert layer.name == "up"
+    assert hash(layer) == hash(layer.clone()) == hash(c3t.Conv3DTranspose.from_config(layer.get_config()))
+    theirs = keras.layers.Conv3DTranspose(4, 2)
+    theirs.build(X.shape)
+    theirs.set_weights([kernel, bias])
+    np.testing.assert_allclose(layer.apply(variables, X), theirs(X), rtol=1e-5, atol=1e-5)
+    assert nn.Sequential([layer]).init(jax.random.key(0), X)["params"]["layers_0"]["bias"].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"weights": [np.ones((3, 3, 3, 4, 3))]}, ValueError, r"the layer takes 2: \(kd, kh, kw.*and \(filters,\)"),
+        ({"weights": [np.ones((3, 3, 3, 3, 4)), np.ones(4)]}, ValueError, "kernel_size=.*filters=4"),
+        ({"weights": [np.ones((3, 3, 3, 4, 3)), np.ones(3)]}, ValueError, r"`weights` have the shapes"),
+        ({"weights": np.ones(3)}, TypeError, "must be a list of arrays"),
+        ({"weights": ["a", "b"]}, TypeError, "must hold arrays of numbers"),
+        ({"weights": [1j * np.ones((3, 3, 3, 4, 3)), np.ones(4)]}, TypeError, "complex"),
+        ({"batch_input_shape": (3, 4, 2, 3)}, ValueError, "must be the 5 sizes of an input with its batch"),
+        ({"batch_input_shape": (1, 3, 4, 2, 3), "input_shape": (3, 4, 2, 4)}, ValueError, "differ"),
+        (
+            {"weights": [np.full((3, 3, 3, 4, 3), 1e6), np.ones(4)], "param_dtype": "float16"},
+            ValueError,
+            "beyond `param_dtype=float16`",
+        ),
+        ({"kernel_regularizer": np.ones(3)}, TypeError, "must be a Keras name"),
+        ({"dtype": "mixed_bfloat16", "param_dtype": "bfloat16"}, ValueError, "keeps parameters in float32"),
+        ({"dtype": keras.DTypePolicy("bfloat16")}, ValueError, "give param_dtype='bfloat16'"),
+        ({"dtype": "mixed_float8"}, ValueError, "not a policy that Keras knows"),
+    ],
+)
+def test_base_arguments_that_are_refused(arguments, kind, message) -> None:
+    with pytest.raises(kind, match=message):
+        make(arguments)
+
+
+def test_given_weights_must_fit_the_inputs() -> None:
+    layer = make({"weights": [np.ones((3, 3, 3, 4, 2)), np.ones(4)]})
+    with pytest.raises(ValueError, match=r"`weights` hold shape .* but the inputs need"):
+        layer.init(jax.random.key(0), X)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 4, 2, 3), (None, 3, 4, 2, 3), (2, None, 4, None, 3), (None,) * 5, (None, None, 5, 7, None)]
+)
+@pytest.mark.parametrize("arguments", [{}, {"strides": 2, "padding": "same"}, {"strides": (1, 2, 3), "output_padding": (0, 1, 2), "padding": "same"}, {"dilation_rate": 2}], ids=label)  # fmt: skip
+def test_compute_output_shape_is_that_of_keras(shape, arguments) -> None:
+    theirs = keras.layers.Conv3DTranspose(4, 3, **arguments)
+    assert make(arguments).compute_output_shape(shape) == tuple(theirs.compute_output_shape(shape))
+    first = (*shape[:1], shape[4], *shape[1:4])
+    ours = make({**arguments, "data_format": "channels_first"}).compute_output_shape(first)
+    assert ours == tuple(
+        keras.layers.Conv3DTranspose(4, 3, **arguments, data_format="channels_first").compute_output_shape(first)
+    )
+
+
+def test_compute_output_shape_refuses_what_a_call_would() -> None:
+    with pytest.raises(ValueError, match="rank 3"):
+        make({}).compute_output_shape((None, 3, 3))
+    with pytest.raises(ValueError, match="does not divide"):
+        make({"groups": 2}).compute_output_shape((None, 3, 3, 3, 3))
+    with pytest.raises(ValueError, match="leaves no output along depth"):
+        make({"padding": 3}).compute_output_shape((None, 1, None, None, 3))
+    with pytest.raises(TypeError, match="must be a shape"):
+        make({}).compute_output_shape(5)
+
+
+def test_stop_gradient_is_how_a_layer_is_frozen() -> None:
+    layer = make({"trainable": False})
+    params = layer.init(jax.random.key(0), X)["params"]
+    optimizer = optax.sgd(1.0)
+    gradients = jax.grad(lambda p: jnp.square(layer.apply({"params": p}, X)).sum())(params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params))
+    jax.tree.map(np.testing.assert_array_equal, optax.apply_updates(params, updates), params)
