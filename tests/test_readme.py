@@ -13,7 +13,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.lenient
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40])
-def test_python_blocks_run(block) -> None:
+def test_python_blocks_run(block, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     jax.clear_caches()
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 

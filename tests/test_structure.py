@@ -16,7 +16,16 @@ PACKAGE = pathlib.Path(c3t.__file__).parent
 FLOORS = [
     {"_geometry", "_identifiers"},
     {"_arguments"},
-    {"_activations", "_initializers", "_keras_config", "lowerings._work"},
+    {
+        "_activations",
+        "_dtype_policy",
+        "_initializers",
+        "_keras_config",
+        "constraints",
+        "regularizers",
+        "lowerings._work",
+    },
+    {"initializers"},
     {
         "lowerings._blocks",
         "lowerings._contract",
@@ -35,8 +44,17 @@ FLOORS = [
     {"_primitives"},
     {"_batching", "_explain"},
     {"functional"},
+    {"_given_weights"},
     {"_layer"},
+    {"_config", "_training"},
     {"linen"},
+    {"interop._common"},
+    {"interop._keras_files", "interop._pytorch", "interop._windows"},
+    {"interop._equinox_haiku", "interop._flax", "interop._keras_writing"},
+    {"interop._keras"},
+    {"interop._convert"},
+    {"interop"},
+    {"__main__"},
     {""},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
@@ -80,9 +98,16 @@ def test_geometry_is_plain_python() -> None:
             assert all(name.split(".")[0] in sys.stdlib_module_names for name in names)
 
 
-@pytest.mark.parametrize("name", c3t.__all__)
-def test_public_names_are_documented_with_an_example(name) -> None:
-    documentation = inspect.getdoc(getattr(c3t, name))
+PUBLIC = [(c3t, name) for name in c3t.__all__] + [
+    (module, name)
+    for module in (c3t.constraints, c3t.initializers, c3t.interop, c3t.regularizers)
+    for name in module.__all__
+]
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLIC, ids=lambda value: getattr(value, "__name__", value))
+def test_public_names_are_documented_with_an_example(module, name) -> None:
+    documentation = inspect.getdoc(getattr(module, name))
     assert documentation
     assert ">>>" in documentation
 
@@ -94,7 +119,7 @@ def test_no_file_is_long() -> None:
 def test_import_does_not_load_flax_or_optional_packages() -> None:
     program = (
         "import sys, conv3dt_jax as c3t; "
-        "print([m for m in ('flax', 'optax', 'keras', 'torch', 'tensorflow', 'h5py') if m in sys.modules]); "
+        "print([m for m in ('flax', 'optax', 'keras', 'torch', 'tensorflow', 'h5py', 'safetensors') if m in sys.modules]); "
         "c3t.Conv3DTranspose; print('flax' in sys.modules, 'Conv3DTranspose' in dir(c3t))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

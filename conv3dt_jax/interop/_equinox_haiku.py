@@ -1,0 +1,154 @@
+"""`equinox.nn.ConvTranspose3d` and `haiku.Conv3DTranspose`: a window slid over the input with zeros put in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from conv3dt_jax._spec import Conv3DTransposeSpec
+from conv3dt_jax.interop import _common
+from conv3dt_jax.interop._windows import crops, lax_padding, three, turned
+
+
+def from_equinox(module: Any) -> _common.Params:
+    """Parameters out of an `equinox.nn.ConvTranspose3d`, for `spec_from_equinox` of the module.
+
+    Example:
+      >>> import numpy as np
+      >>> from types import SimpleNamespace
+      >>> module = SimpleNamespace(weight=np.ones((8, 3, 2, 2, 2), "f4"), bias=np.zeros((8, 1, 1, 1), "f4"), groups=1)
+      >>> {name: value.shape for name, value in from_equinox(module).items()}
+      {'kernel': (2, 2, 2, 8, 3), 'bias': (8,)}
+    """
+    weight, groups = _common.numpy("weight", module.weight), module.groups
+    blocks = weight.reshape(groups, -1, *weight.shape[1:])  # (G, F // G, C // G, kd, kh, kw)
+    kernel = turned(blocks.transpose(3, 4, 5, 1, 0, 2).reshape(*weight.shape[2:], blocks.shape[1], -1))
+    arrays = {"kernel": kernel}
+    if module.bias is not None:
+        arrays["bias"] = _common.numpy("bias", module.bias).reshape(-1)
+    return _common.as_jax(arrays)
+
+
+def to_equinox(params: Mapping[str, Any], module: Any) -> Any:
+    """A copy of an `equinox.nn.ConvTranspose3d` that holds the parameters.
+
+    Raises:
+      ValueError: shapes or dtypes that differ from the module's.
+
+    Example:
+      ``layer = to_equinox(params, equinox.nn.ConvTranspose3d(3, 8, 2, 2, key=key))``
+
+      >>> import numpy as np
+      >>> to_equinox({"kernel": np.ones((2, 2, 2, 8, 3), "f4"), "scale": 1}, None)
+      Traceback (most recent call last):
+      ...
+      ValueError: `params` must be the parameters of one layer, 'kernel' and 'bias', not ['kernel', 'scale'].
+    """
+    arrays = _common.checked(params)
+    equinox = _common.needed("equinox", "equinox")
+    kernel, groups = arrays["kernel"], module.groups
+    blocks = turned(kernel).reshape(*kernel.shape[:4], groups, -1)  # (kd, kh, kw, F // G, G, C // G)
+    new = {"weight": blocks.transpose(4, 3, 5, 0, 1, 2).reshape(-1, blocks.shape[-1], *kernel.shape[:3])}
+    if "bias" in arrays:
+        new["bias"] = arrays["bias"].reshape(-1, 1, 1, 1)
+    there = {"weight": module.weight} | ({} if module.bias is None else {"bias": module.bias})
+    _common.fit("the Equinox layer", there, new)
+    values = _common.as_jax(new)
+    return equinox.tree_at(lambda m: [getattr(m, name) for name in values], module, list(values.values()))
+
+
+def spec_from_equinox(module: Any) -> Conv3DTransposeSpec:
+    """The operation of an `equinox.nn.ConvTranspose3d`: channels first; the batch that it lacks may be there or not.
+
+    Raises:
+      ValueError: circular padding that lies otherwise than here ("SAME_LOWER" with an odd overlap).
+
+    Example:
+      >>> from types import SimpleNamespace
+      >>> module = SimpleNamespace(out_channels=8, kernel_size=(3, 3, 3), stride=(2, 2, 2), padding="SAME", groups=1,
+      ...     output_padding=(0, 0, 0), dilation=(1, 1, 1), use_bias=True, padding_mode="ZEROS")
+      >>> spec_from_equinox(module).output_shape((8, 4, 4, 4))
+      (8, 8, 8, 8)
+    """
+    k, s, d = module.kernel_size, module.stride, module.dilation
+    spans = [(a - 1) * b + 1 for a, b in zip(k, d, strict=True)]
+    common: dict[str, Any] = {
+        "kernel_size": k, "strides": s, "dilation_rate": d, "groups": module.groups, "use_bias": module.use_bias,
+        "data_format": "channels_first",
+    }  # fmt: skip
+    if module.padding_mode == "CIRCULAR":
+        if module.padding == "SAME_LOWER" and any((e - b) % 2 and e > b for e, b in zip(spans, s, strict=True)):
+            raise ValueError("circular padding of 'SAME_LOWER' with an odd overlap lies one step off; no spec has it.")
+        return Conv3DTransposeSpec(module.out_channels, padding="circular", **common)
+    cropped, extra = [], []
+    for axis, (e, b, a) in enumerate(zip(spans, s, module.output_padding, strict=True)):
+        if isinstance(module.padding, str) and module.padding != "VALID":
+            over = e - b + a  # what "same" takes off; below zero it adds
+            low = (max(over, 0) + (module.padding == "SAME_LOWER")) // 2
+            cropped.append((low, max(over, 0) - low))
+            extra.append(max(-over, 0))
+        else:
+            cropped.append((0, 0) if module.padding == "VALID" else tuple(module.padding[axis]))
+            extra.append(a)
+    return Conv3DTransposeSpec(module.out_channels, padding=tuple(cropped), output_padding=tuple(extra), **common)
+
+
+def from_haiku(params: Mapping[str, Any]) -> _common.Params:
+    """Parameters out of a `haiku.Conv3DTranspose`: ``{"w": (kd, kh, kw, F, C), "b": (F,)}`` of its module.
+
+    Example:
+      >>> import numpy as np
+      >>> from_haiku({"w": np.ones((2, 2, 2, 8, 3), "f4")})["kernel"].shape
+      (2, 2, 2, 8, 3)
+    """
+    if not isinstance(params, Mapping) or "w" not in params or not set(params) <= {"w", "b"}:
+        found = sorted(map(str, params)) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(f"`params` must be those of one Haiku module, 'w' and 'b', not {found}.")
+    arrays = _common.checked({"kernel": params["w"]})
+    arrays["kernel"] = turned(arrays["kernel"])
+    if "b" in params:
+        arrays["bias"] = _common.numpy("b", params["b"]).reshape(-1)  # (F, 1, 1, 1) with channels first
+    return _common.as_jax(arrays)
+
+
+def to_haiku(params: Mapping[str, Any], data_format: str = "channels_last") -> _common.Params:
+    """Parameters for a `haiku.Conv3DTranspose`: ``{"w": ..., "b": ...}``.
+
+    Args:
+      params: ``{"kernel", "bias"}`` as here.
+      data_format: the module's; with "channels_first" its bias is ``(F, 1, 1, 1)``.
+
+    Example:
+      >>> import numpy as np
+      >>> {name: value.shape for name, value in to_haiku({"kernel": np.ones((2, 2, 2, 8, 3), "f4")}).items()}
+      {'w': (2, 2, 2, 8, 3)}
+    """
+    arrays = _common.checked(params)
+    result = {"w": turned(arrays["kernel"])}
+    if "bias" in arrays:
+        first = data_format in ("channels_first", "NCDHW", "NC...")
+        result["b"] = arrays["bias"].reshape(-1, 1, 1, 1) if first else arrays["bias"]
+    return _common.as_jax(result)
+
+
+def spec_from_haiku(module: Any) -> Conv3DTransposeSpec:
+    """The operation of a `haiku.Conv3DTranspose` (its ``output_shape`` is the ``output_size`` of the call here).
+
+    Example:
+      >>> from types import SimpleNamespace
+      >>> module = SimpleNamespace(output_channels=8, kernel_shape=(3, 3, 3), stride=(2, 2, 2), padding="SAME",
+      ...     mask=None, with_bias=True, data_format="channels_last", output_shape=None)
+      >>> spec_from_haiku(module).output_shape((1, 4, 4, 4, 3))
+      (1, 8, 8, 8, 8)
+    """
+    if module.mask is not None:
+        raise ValueError("a Haiku module with a mask has no counterpart; multiply the mask into its weights.")
+    spans, strides = three(module.kernel_shape), three(module.stride)
+    first = module.data_format in ("channels_first", "NCDHW", "NC...")
+    common: dict[str, Any] = {"kernel_size": spans, "strides": strides, "use_bias": module.with_bias}
+    common["data_format"] = "channels_first" if first else "channels_last"
+    if module.output_shape is not None:
+        return Conv3DTransposeSpec(module.output_channels, padding=module.padding, **common)
+    return Conv3DTransposeSpec(
+        module.output_channels, **crops(lax_padding(module.padding, spans, strides), spans), **common
+    )
