@@ -157,6 +157,13 @@ def kept(identifier: Any) -> Any:
     for name, function in NAMED:
         if function is identifier:
             return name
+    if isinstance(identifier, Mapping):
+        name, config = _identifiers.parse("activation", identifier)
+        if name in _LAYERS:  # Keras reads it so
+            return args.hashable(
+                {"module": "keras.layers", "class_name": name, "config": config, "registered_name": None}
+            )
+        return args.hashable(identifier) if config else name
     module = str(getattr(identifier, "__module__", "")).split(".")[0]
     name = getattr(identifier, "__name__", "")
     return name if module == "keras" and name in FUNCTIONS else args.hashable(identifier)

@@ -1,6 +1,7 @@
 """Configs: JSON and back, to and from Keras 3, from Keras 2; and the arguments that every Keras layer has."""
 
 import copy
+import dataclasses
 import json
 import pickle
 
@@ -11,6 +12,8 @@ import keras
 import numpy as np
 import optax
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import conv3dt_jax as c3t
 from conv3dt_jax import constraints, initializers, regularizers
@@ -55,6 +58,7 @@ SHARED = [
     {"kernel_constraint": constraints.MaxNorm(1.5, axis=(0, 1, 2)), "bias_constraint": "non_neg"},
     {"kernel_constraint": constraints.MinMaxNorm(0.1, 0.9, rate=0.5, axis=[0, 4])}, {"name": "up_1"}, {"trainable": False},
     {"dtype": "mixed_bfloat16"}, {"dtype": "mixed_float16"}, {"dtype": "float32"}, {"dtype": "bfloat16", "param_dtype": "bfloat16"},
+    {"activation": {"class_name": "LeakyReLU", "config": {"negative_slope": 0.1}}},
     {"activation": jax.nn.relu}, {"activation": jnp.tanh}, {"kernel_regularizer": regularizers.L2(1e-4)},
 ]  # fmt: skip
 # What is ours alone.
@@ -224,8 +228,8 @@ def test_what_is_registered_with_keras_goes_both_ways() -> None:
     theirs = keras.layers.Conv3DTranspose.from_config(config)
     assert theirs.kernel_regularizer.factor == 0.5
     assert theirs.activation is swoosh
-    for given in (config, theirs.get_config(), keras.saving.serialize_keras_object(theirs)):
-        again = c3t.Conv3DTranspose.from_config(json.loads(json.dumps(given)))
+    for one in (config, theirs.get_config(), keras.saving.serialize_keras_object(theirs)):
+        again = c3t.Conv3DTranspose.from_config(json.loads(json.dumps(one)))
         assert again.kernel_regularizer.factor == 0.5
         assert again.activation is swoosh
     assert c3t.interop.layer_from_keras(theirs).activation is swoosh
@@ -351,6 +355,68 @@ def test_compute_output_shape_refuses_what_a_call_would() -> None:
         make({"padding": 3}).compute_output_shape((None, 1, None, None, 3))
     with pytest.raises(TypeError, match="must be a shape"):
         make({}).compute_output_shape(5)
+
+
+TRIPLES = st.one_of(st.integers(1, 4), st.tuples(*[st.integers(1, 4)] * 3))
+NORMS = st.one_of(st.none(), st.integers(0, 4), st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True))
+FACTORS = st.floats(0, 10, allow_nan=False)
+
+
+@st.composite
+def layers(draw):
+    """Arguments that Keras takes as well."""
+    strides = draw(TRIPLES)
+    ones = strides in (1, (1, 1, 1))
+    least = strides if isinstance(strides, int) else min(strides)
+    penalty = st.one_of(
+        st.none(), st.sampled_from(["l1", "l2", "L1L2"]), st.builds(regularizers.L1L2, FACTORS, FACTORS),
+        st.builds(lambda factor: {"class_name": "L2", "config": {"l2": factor}}, FACTORS),
+    )  # fmt: skip
+    norm = st.one_of(
+        st.none(), st.sampled_from(["max_norm", "non_neg", "UnitNorm"]), st.builds(constraints.MaxNorm, FACTORS, NORMS),
+        st.builds(lambda rate, axis: {"class_name": "MinMaxNorm", "config": {"rate": rate, "axis": axis}}, st.floats(0, 1), NORMS),
+    )  # fmt: skip
+    return {
+        "filters": draw(st.integers(1, 9)), "kernel_size": draw(TRIPLES), "strides": strides,
+        "padding": draw(st.sampled_from(["valid", "same", "SAME"])),
+        "output_padding": draw(st.one_of(st.none(), st.integers(0, least - 1))),
+        "data_format": draw(st.sampled_from(["channels_last", "channels_first"])),
+        "dilation_rate": draw(TRIPLES) if ones else 1, "use_bias": draw(st.booleans()), "trainable": draw(st.booleans()),
+        "activation": draw(st.sampled_from([None, "relu", "gelu", "softmax", "hard_sigmoid", {"class_name": "function", "config": "elu"}])),
+        "kernel_initializer": draw(st.sampled_from(["he_normal", "Zeros", {"class_name": "RandomNormal", "config": {"stddev": 0.1, "seed": 5}}])),
+        "kernel_regularizer": draw(penalty), "activity_regularizer": draw(penalty), "kernel_constraint": draw(norm),
+        "dtype": draw(st.sampled_from([None, "float32", "mixed_bfloat16", "mixed_float16"])),
+        "name": draw(st.sampled_from([None, "up", "decoder_3"])),
+    }  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(arguments=layers())
+def test_any_layer_goes_to_keras_and_back(arguments) -> None:
+    layer = c3t.Conv3DTranspose(**arguments)
+    config = json.loads(json.dumps(layer.get_config()))
+    assert c3t.Conv3DTranspose.from_config(config) == layer
+    theirs = keras.layers.Conv3DTranspose.from_config(config)
+    back = c3t.Conv3DTranspose.from_config(json.loads(json.dumps(theirs.get_config())))
+    for name in (
+        "filters", "kernel_size", "strides", "padding", "output_padding", "data_format", "dilation_rate", "use_bias", "trainable",
+        "kernel_constraint",
+    ):  # fmt: skip
+        assert getattr(back, name) == getattr(layer, name)
+    for name in ("kernel_regularizer", "activity_regularizer"):
+        given, got = getattr(layer, name), getattr(back, name)
+        assert type(got) is type(given)
+        if given is not None:  # Keras keeps some factors in float32
+            assert dataclasses.astuple(got) == pytest.approx(dataclasses.astuple(given), rel=1e-6)
+    assert layer.dtype in (None, back.dtype)
+    assert back.param_dtype == layer.param_dtype
+    shape = (None, 9, 9, 9, 9)
+    try:
+        want = theirs.compute_output_shape(shape)
+    except ValueError:  # no output
+        want = None
+    if want is not None and min(want[1:]) > 0:
+        assert layer.compute_output_shape(shape) == tuple(want)
 
 
 def test_stop_gradient_is_how_a_layer_is_frozen() -> None:
