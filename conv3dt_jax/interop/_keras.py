@@ -101,7 +101,8 @@ def to_keras(params: Mapping[str, Any], target: Any, layer: str | Conv3DTranspos
       target: a Keras layer or model; the path of a `.keras` archive, a `.weights.h5` or an older `.h5` that has the
         layers, whose weights are replaced; or of a file that is to be made: a `.weights.h5` of one layer, a `.keras` of
         one, or a `.h5` of any number, which Keras loads with ``by_name=True``.
-      layer: the layer's name in the target, where ``params`` are those of one.
+      layer: the layer's name in the target, where ``params`` are those of one; for a new `.keras` archive the
+        `Conv3DTranspose` itself, whose arguments go with them.
 
     Raises:
       ValueError: names, shapes or dtypes that differ from the target's, which then stays as it was; for a new archive,
