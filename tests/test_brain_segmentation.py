@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import nibabel as nib
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from examples.brain_segmentation import cli, report
 from examples.brain_segmentation.data import PatchSampler, Subject, load_files, load_mni152
@@ -23,6 +25,15 @@ pytestmark = pytest.mark.lenient  # optax and Flax promote implicitly
 
 ROOT = pathlib.Path(__file__).parents[1]
 AFFINE = np.array([[0, -1.5, 0, 7], [2.0, 0, 0, -3], [0, 0, 3.0, 5], [0, 0, 0, 1]])  # axes: anterior, left, superior
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The same networks are trained again and again: their programs are kept."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 def sphere(shape=(56, 24, 16)):

@@ -10,6 +10,7 @@ import pytest
 
 import conv3dt_jax as c3t
 from tests.fixtures import record
+from tests.helpers import quick_jit
 from tests.test_lowerings import IMPLEMENTATIONS
 
 FOLDER = pathlib.Path(__file__).parent / "fixtures"
@@ -27,6 +28,6 @@ def test_values_and_gradients_are_those_of_the_peer(peer, i, implementation, x64
         kwargs = json.loads(str(data[f"{i}/kwargs"]))
     run = lambda x, w: c3t.conv3d_transpose(x, w, **kwargs, implementation=implementation)
     np.testing.assert_allclose(run(x, w), y, rtol=1e-11, atol=1e-11)
-    mine = jax.jit(jax.grad(lambda x, w: jnp.sin(run(x, w)).sum(), (0, 1)))(x, w)
+    mine = quick_jit(jax.grad(lambda x, w: jnp.sin(run(x, w)).sum(), (0, 1)))(x, w)
     np.testing.assert_allclose(mine[0], gx, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(mine[1], gw, rtol=1e-10, atol=1e-10)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 import conv3dt_jax as c3t
 from tests import oracle
 from tests.cases import CASES
+from tests.helpers import quick_jit
 from tests.test_lowerings import by_implementation
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -272,7 +273,7 @@ def test_channels_first_is_channels_last_moved_under_every_derivative_and_map(im
             gradients = jax.grad(lambda *operands: (run(*operands) ** 3).sum(), (0, 1, 2))
             return y, dy, jax.jvp(gradients, (x, w, b), moved)
 
-        return jax.jit(values if mapped == "nothing" else jax.vmap(values, axes[mapped]))
+        return quick_jit(values if mapped == "nothing" else jax.vmap(values, axes[mapped]))
 
     stacked = [jnp.stack(pair) for pair in zip((x, w, b), moved, strict=True)]
     called = (x, w, b)
