@@ -45,6 +45,7 @@ bench-check: $(VENV)/.test  ## fail where "auto" takes a lowering that another o
 
 fixtures: $(VENV)/.peers  ## record the values of TensorFlow and PyTorch anew
 	$(BIN)/python -m tests.fixtures.record
+	$(BIN)/python -m tests.fixtures.unets
 
 clean:  ## remove everything that was made here
 	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
