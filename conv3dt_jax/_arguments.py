@@ -51,8 +51,9 @@ def number(name: str, value: Any, *, minimum: float) -> float:
         result = float(value)
     except TypeError:
         raise TypeError(f"{received(name, value)} must be a number, not {type(value).__name__}.") from None
-    if not minimum <= result < float("inf"):
-        raise ValueError(f"{received(name, value)} must be a finite number of at least {minimum:g}.")
+    if not minimum <= result < float("inf") or result == -float("inf"):
+        least = "" if minimum == -float("inf") else f" of at least {minimum:g}"
+        raise ValueError(f"{received(name, value)} must be a finite number{least}.")
     return result
 
 

@@ -143,13 +143,15 @@ def from_config(
     missing = {"filters", "kernel_size"} - set(config)
     if missing:
         raise ValueError(f"from_config: the config lacks {' and '.join(map(repr, sorted(missing)))}.")
+    if not isinstance(custom_objects, Mapping | None):
+        raise TypeError(f"`custom_objects` must be a dict by name, not {type(custom_objects).__name__}.")
     arguments = dict(config)
     if "dtype" in arguments and "param_dtype" not in arguments:
         arguments |= _dtypes(arguments.pop("dtype"))
     for name in _layer.FUNCTIONS:
         if name in arguments:
             arguments[name] = _custom(name, arguments[name], custom_objects or {})
-    if arguments.get("weights") is not None:
+    if isinstance(arguments.get("weights"), Sequence) and not isinstance(arguments["weights"], str):
         arguments["weights"] = [np.asarray(array) for array in arguments["weights"]]
     return arguments
 
@@ -193,7 +195,8 @@ def _custom(argument: str, value: Any, custom_objects: Mapping[str, Any]) -> Any
             make = getattr(found, "from_config", None)
             return (make(inner) if make else found(**inner)) if isinstance(found, type) else found
     if name.lower() == "icnr" and "inner" in inner:
-        return initializers.ICNR(**{**inner, "inner": _custom(f"{argument}: inner", inner["inner"], custom_objects)})
+        inner = {**inner, "inner": _custom(f"{argument}: inner", inner["inner"], custom_objects)}
+        return _identifiers.call_with(argument, name, initializers.ICNR, inner)
     module = str(value.get("module") or "keras") if isinstance(value, Mapping) else "keras"
     if module.split(".")[0] not in ("keras", "builtins", "tensorflow", "tf_keras", "conv3dt_jax"):
         raise ValueError(

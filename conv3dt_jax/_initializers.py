@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from conv3dt_jax import _arguments as args
 from conv3dt_jax import _identifiers
 from conv3dt_jax._arguments import received
 
@@ -33,24 +34,36 @@ def _ones() -> Initializer:
     return lambda key, shape, dtype: jnp.ones(shape, dtype)
 
 
+def _real(name: str, value: Any, minimum: float = -math.inf) -> float:
+    """A finite number; in a message it is that of an initializer's config."""
+    return args.number(name, value, minimum=minimum)
+
+
 def _constant(value: float = 0.0) -> Initializer:
+    if not np.issubdtype(np.asarray(value).dtype, np.number):
+        raise ValueError(f"{received('value', value)} must be a number, or numbers that fill the parameter.")
     return lambda key, shape, dtype: jnp.broadcast_to(jnp.asarray(value, dtype), shape)
 
 
 def _random_normal(mean: float = 0.0, stddev: float = 0.05) -> Initializer:
+    mean, stddev = _real("mean", mean), _real("stddev", stddev, 0.0)
     return lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * stddev + mean
 
 
 def _truncated_normal(mean: float = 0.0, stddev: float = 0.05) -> Initializer:
+    mean, stddev = _real("mean", mean), _real("stddev", stddev, 0.0)
     return lambda key, shape, dtype: jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) * stddev + mean
 
 
 def _random_uniform(minval: float = -0.05, maxval: float = 0.05) -> Initializer:
+    minval, maxval = _real("minval", minval), _real("maxval", maxval)
+    if minval > maxval:
+        raise ValueError(f"`minval={minval}` must not be above `maxval={maxval}`.")
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, minval, maxval)
 
 
 def _orthogonal(gain: float = 1.0) -> Initializer:
-    return jax.nn.initializers.orthogonal(scale=gain)
+    return jax.nn.initializers.orthogonal(scale=_real("gain", gain))
 
 
 def _variance_scaling(
@@ -61,7 +74,7 @@ def _variance_scaling(
     output_axes: Sequence[int] | None = None,
 ) -> Initializer:
     distribution = {"normal": "truncated_normal"}.get(str(distribution).lower(), str(distribution).lower())
-    if scale <= 0:
+    if _real("scale", scale) <= 0:
         raise ValueError(f"`scale={scale}` of a variance-scaling initializer must be positive.")
     if mode not in ("fan_in", "fan_out", "fan_avg"):
         raise ValueError(f"`mode={mode!r}` of a variance-scaling initializer must be 'fan_in', 'fan_out' or 'fan_avg'.")
@@ -176,7 +189,8 @@ def _from_name(argument: str, name: str, config: dict[str, Any], also: Collectio
     config = dict(config)
     seed = config.pop("seed", None)
     if isinstance(seed, Mapping):  # a seed generator of Keras 3: its first draw is that of the seed
-        seed = (seed.get("config") or {}).get("seed", seed)
+        inner = seed.get("config")
+        seed = inner.get("seed", seed) if isinstance(inner, Mapping) else seed
     config.pop("dtype", None)  # written by TensorFlow 2's Keras; the dtype is the layer's to say
     initializer = _identifiers.call_with(argument, name, MAKERS[known], config)
     return initializer if seed is None else _seeded(argument, initializer, seed)

@@ -72,7 +72,7 @@ def configure(layer: Any) -> LayerConfig:
         spec=spec,
         activation=_activations.get("activation", layer.activation),
         kernel_initializer=initializers.get("kernel_initializer", layer.kernel_initializer, spec.strides, spec.groups),
-        bias_initializer=initializers.get("bias_initializer", layer.bias_initializer),
+        bias_initializer=_bias_initializer(layer.bias_initializer),
         kernel_regularizer=regularizers.get("kernel_regularizer", layer.kernel_regularizer),
         bias_regularizer=regularizers.get("bias_regularizer", layer.bias_regularizer),
         activity_regularizer=regularizers.get("activity_regularizer", layer.activity_regularizer),
@@ -89,6 +89,16 @@ def configure(layer: Any) -> LayerConfig:
 
 PENALTIES = ("kernel_regularizer", "bias_regularizer", "activity_regularizer")
 CONSTRAINTS = ("kernel_constraint", "bias_constraint")
+
+
+def _bias_initializer(identifier: Any) -> _initializers.Initializer:
+    found = initializers.get("bias_initializer", identifier)
+    if isinstance(found, tuple(initializers.CLASSES.values())):
+        raise ValueError(
+            f"{args.received('bias_initializer', identifier)} makes kernels alone; choose one for a vector."
+        )
+    return found
+
 
 # Arguments that a layer keeps in canonical form, so that equal layers are equal and a config has one spelling.
 _OF_SPEC = (

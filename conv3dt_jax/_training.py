@@ -130,6 +130,8 @@ def constrain(optimizer: optax.GradientTransformation, layers: Any) -> optax.Gra
       >>> bool((optax.apply_updates(params, updates)["kernel"] >= 0).all())
       True
     """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(f"`optimizer` must be an optax transformation, not {type(optimizer).__name__}.")
     inner = optax.with_extra_args_support(optimizer)
     projections = _projections(_by_path(layers))
 

@@ -48,8 +48,12 @@ def _check(constraint: Any, *numbers: str) -> None:
 
 
 def _wide(w: jax.Array) -> jax.Array:
-    """Half precision in float32: neither the norm of a large kernel nor the epsilon fits it."""
-    return w.astype(jnp.float32) if w.dtype.itemsize < 4 else w
+    """Half precision and integers in float32: neither the norm of a large kernel nor the epsilon fits them."""
+    return w.astype(jnp.float32) if w.dtype.itemsize < 4 or not jnp.issubdtype(w.dtype, jnp.inexact) else w
+
+
+def _as_given(result: jax.Array, w: jax.Array) -> jax.Array:
+    return result.astype(w.dtype) if jnp.issubdtype(w.dtype, jnp.inexact) else result
 
 
 def _norms(w: jax.Array, axis: Any) -> jax.Array:
@@ -57,7 +61,7 @@ def _norms(w: jax.Array, axis: Any) -> jax.Array:
 
 
 def _scaled(w: jax.Array, factor: jax.Array) -> jax.Array:
-    return (_wide(w) * factor).astype(w.dtype)
+    return _as_given(_wide(w) * factor, w)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +113,7 @@ class UnitNorm:
         _check(self)
 
     def __call__(self, w: jax.Array) -> jax.Array:
-        return (_wide(w) / (_EPSILON + _norms(w, self.axis))).astype(w.dtype)
+        return _as_given(_wide(w) / (_EPSILON + _norms(w, self.axis)), w)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,7 +94,8 @@ class ICNR:
     multiple of the stride, ``inner`` draws a kernel of ``k // s`` taps and each tap is repeated s times: the layer is
     that convolution followed by nearest-neighbour upsampling, as in Aitken et al. Elsewhere ``inner`` draws ``k - s +
     1`` taps, which are summed over windows of s: the layer is nearest-neighbour upsampling followed by that
-    convolution, as in Odena et al. Either way every phase has the same sum of taps.
+    convolution, as in Odena et al. Either way every phase has the same sum of taps;
+    the values are as large as ``inner`` draws them for the smaller kernel.
 
     Attributes:
       inner: what draws: a Keras name, a config dict, or a callable ``(key, shape, dtype)``.

@@ -214,7 +214,7 @@ def find_layers(model: nn.Module, *inputs: Any, **options: Any) -> dict[tuple[st
     Args:
       model: the model.
       inputs: what it is called with; `jax.ShapeDtypeStruct` may stand for arrays.
-      options: keyword arguments of the call, also ``method`` (as `flax.linen.Module.init` takes them).
+      options: keyword arguments of the call, likewise; also ``method`` (as `flax.linen.Module.init` takes it).
 
     Returns:
       ``{("decoder", "up_0"): Conv3DTranspose(...), ...}``; the path of a model that is a layer itself is ``()``.
@@ -225,6 +225,8 @@ def find_layers(model: nn.Module, *inputs: Any, **options: Any) -> dict[tuple[st
       >>> [*find_layers(model, jnp.ones((1, 4, 4, 4, 1)))]
       [('layers_1',)]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a flax.linen.Module, not {type(model).__name__}.")
     found: dict[tuple[str, ...], Conv3DTranspose] = {}
 
     def note(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -234,16 +236,18 @@ def find_layers(model: nn.Module, *inputs: Any, **options: Any) -> dict[tuple[st
             found[layer.path] = Conv3DTranspose(**fields, name=layer.name, parent=None)
         return call(*args, **kwargs)
 
-    traced = [i for i, one in enumerate(inputs) if all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(one))]
+    flat, tree = jax.tree.flatten((inputs, options))
+    traced = [i for i, leaf in enumerate(flat) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
 
     def init(key: jax.Array, *arrays: Any) -> Any:
-        given = list(inputs)
+        leaves = list(flat)
         for i, array in zip(traced, arrays, strict=True):
-            given[i] = array
-        return model.init({"params": key, "dropout": key}, *given, **options)
+            leaves[i] = array
+        given, keywords = jax.tree.unflatten(tree, leaves)
+        return model.init({"params": key, "dropout": key}, *given, **keywords)
 
     with nn.intercept_methods(note):
-        jax.eval_shape(init, jax.random.key(0), *(inputs[i] for i in traced))
+        jax.eval_shape(init, jax.random.key(0), *(flat[i] for i in traced))
     return found
 
 

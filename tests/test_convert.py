@@ -72,6 +72,14 @@ def test_layers_are_chosen_and_renamed(tmp_path) -> None:
     assert_equal(interop.from_pytorch(source), {"head.up": MODEL["up_1"]})
 
 
+def test_the_moments_of_an_optimizer_are_no_layers(tmp_path) -> None:
+    source, target = tmp_path / "state.msgpack", tmp_path / "b.safetensors"
+    state = {"step": 3, "params": MODEL, "opt_state": {"0": {"mu": MODEL, "nu": MODEL}}}
+    source.write_bytes(serialization.msgpack_serialize(state))
+    assert program.main(["convert", str(source), str(target), "--to", "pytorch"]) == 0
+    assert_equal(interop.from_pytorch(target), MODEL)
+
+
 def test_a_layer_within_a_layer_is_kept(tmp_path) -> None:
     paths = [tmp_path / name for name in ("a.safetensors", "b.msgpack", "c.safetensors")]
     both = {"a": MODEL["up_0"], "a.b": MODEL["up_1"]}
@@ -110,6 +118,9 @@ def test_a_template_makes_a_keras_archive(tmp_path) -> None:
         (["two.safetensors", "b.h5", "--layer", "a=x", "--layer", "a.b=x"], "'x' would be converted or written twice"),
         (["two.safetensors", "b.weights.h5"], "tells layers apart by their order"),
         (["clash.safetensors", "b.msgpack"], "rename that layer"),
+        (["a.weights.h5", "c.h5", "--template", "a.weights.h5"], "must have the same ending"),
+        (["two.safetensors", "c.weights.h5", "--template", "a.weights.h5"], "a.weights.h5 has no layer 'a"),
+        (["two.safetensors", "nowhere/c.h5"], "there is no folder 'nowhere'"),
         (["none.keras", "b.msgpack"], "there is no file"),
         (["bad.msgpack", "b.weights.h5"], "is no Flax msgpack, or is damaged"),
         (["empty.msgpack", "b.weights.h5"], "no 3-D convolution to convert"),

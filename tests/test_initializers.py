@@ -138,8 +138,11 @@ def test_what_is_refused_at_construction() -> None:
         initializers.Trilinear(strides=0)
     with pytest.raises(ValueError, match="needs the strides of the layer"):
         initializers.Trilinear()(KEY, (4, 4, 4, 1, 1), jnp.float32)
+    for name in ("icnr", "trilinear"):
+        with pytest.raises(ValueError, match=f"`bias_initializer='{name}'` makes kernels alone"):
+            c3t.Conv3DTranspose(2, 4, bias_initializer=name)
     with pytest.raises(ValueError, match="makes kernels"):
-        c3t.Conv3DTranspose(2, 4, bias_initializer="icnr").init(KEY, VOLUME)
+        initializers.ICNR(strides=2)(KEY, (4,), jnp.float32)
     with pytest.raises(ValueError, match="did you mean 'trilinear'"):
         c3t.Conv3DTranspose(2, 4, kernel_initializer="trilinaer")
 

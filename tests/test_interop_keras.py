@@ -15,6 +15,7 @@ import pytest
 
 import conv3dt_jax as c3t
 from conv3dt_jax import interop
+from tests.helpers import label
 
 pytestmark = [
     pytest.mark.lenient,
@@ -310,7 +311,7 @@ def test_bfloat16_in_files(kind, tmp_path) -> None:
         ({"kernel": np.ones((3, 3, 4, 5), "f4")}, r"it must be \(kd, kh, kw"),
         ({"scale": np.ones(4, "f4")}, "'kernel' and 'bias', not"),
     ],
-    ids=str,
+    ids=label,
 )
 def test_what_does_not_fit_changes_nothing(files, kind, change, message, tmp_path) -> None:
     path = tmp_path / files[1][kind].name
@@ -336,6 +337,82 @@ def test_truncated_and_overwritten_files_are_value_errors(files, kind, tmp_path)
             interop.from_keras(path)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         interop.from_keras(tmp_path / "nowhere.keras")
+
+
+def legacy(path: pathlib.Path, groups: dict[str, dict[str, np.ndarray]], config=None) -> pathlib.Path:
+    """A file as Keras 2 wrote it: names in bytes, weights by their whole names."""
+    with h5py.File(path, "w") as file:
+        file.attrs["keras_version"], file.attrs["backend"] = b"2.4.0", b"tensorflow"
+        if config is not None:
+            file.attrs["model_config"] = json.dumps(config).encode()
+        top = file.create_group("model_weights")
+        top.attrs["layer_names"] = [name.encode() for name in groups]
+        for name, weights in groups.items():
+            group = top.create_group(name)
+            group.attrs["weight_names"] = [weight.encode() for weight in weights]
+            for weight, array in weights.items():
+                group.create_dataset(weight, data=array)
+    return path
+
+
+def part(seed):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(2, 2, 2, 4, 3)).astype("f4"), rng.normal(size=4).astype("f4")
+
+
+def test_files_of_keras_2(tmp_path) -> None:
+    (k1, b1), (k2, b2), (k3, b3) = map(part, range(3))
+    path = legacy(
+        tmp_path / "old.h5",
+        {
+            "input_1": {}, "conv3d_transpose": {"conv3d_transpose/kernel:0": k1, "conv3d_transpose/bias:0": b1},
+            "dec": {"unet/dec/b1/up/kernel:0": k2, "unet/dec/b1/up/bias:0": b2, "unet/dec/b2/up/bias:0": b3, "unet/dec/b2/up/kernel:0": k3},
+        },
+        {
+            "class_name": "Functional",
+            "config": {"name": "unet", "layers": [
+                {"class_name": "InputLayer", "config": {"batch_input_shape": [None, 4, 4, 4, 3], "dtype": "float32", "name": "input_1"}},
+                {"class_name": "Conv3DTranspose", "name": "conv3d_transpose", "inbound_nodes": [[["input_1", 0, 0, {}]]], "config": {
+                    "name": "conv3d_transpose", "trainable": True, "dtype": "float32", "filters": 4, "kernel_size": [2, 2, 2],
+                    "strides": [2, 2, 2], "padding": "valid", "data_format": "channels_last", "activation": "linear", "use_bias": True,
+                    "kernel_initializer": {"class_name": "GlorotUniform", "config": {"seed": None}},
+                    "bias_initializer": {"class_name": "Zeros", "config": {}}, "kernel_regularizer": None, "output_padding": None,
+                }},
+            ]},
+        },
+    )  # fmt: skip
+    want = {name: {"kernel": k, "bias": b} for name, k, b in
+            [("conv3d_transpose", k1, b1), ("dec/b1/up", k2, b2), ("dec/b2/up", k3, b3)]}  # fmt: skip
+    assert_equal(interop.from_keras(path), want)
+    layer = interop.layer_from_keras(path)
+    assert layer.strides == (2, 2, 2)
+    peer = keras.layers.Conv3DTranspose(4, 2, 2)
+    peer.build((None, 4, 4, 4, 3))
+    peer.set_weights([k1, b1])
+    got = layer.apply({"params": interop.from_keras(path, "conv3d_transpose")}, X)
+    np.testing.assert_allclose(got, peer(X), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        interop.from_keras(legacy(tmp_path / "same.h5", {"x": {"p/x/kernel:0": k1, "q/x/kernel:0": k2}}))
+
+
+def test_a_name_that_is_not_that_of_the_layer_is_refused() -> None:
+    layer = keras.layers.Conv3DTranspose(4, 2, name="up")
+    layer.build((None, 3, 3, 3, 3))
+    assert interop.from_keras(layer, "up")
+    for call in (interop.from_keras, interop.layer_from_keras):
+        with pytest.raises(ValueError, match="`layer='nope'` is not the name of the one layer that was given, 'up'"):
+            call(layer, "nope")
+    for params in (None, [1], {}):
+        with pytest.raises(TypeError, match="`params` must be a dict"):
+            interop.to_keras(params, layer)
+
+
+def test_names_that_no_file_holds_are_refused(tmp_path) -> None:
+    kernel, bias = part(0)
+    with pytest.raises(ValueError, match="'q/r' is no name for a layer in a Keras file"):
+        interop.to_keras({"q/r": {"kernel": kernel, "bias": bias}}, tmp_path / "new.h5")
+    with pytest.raises(ValueError, match="there is no folder"):
+        interop.to_keras({"q": {"kernel": kernel, "bias": bias}}, tmp_path / "none" / "new.h5")
 
 
 def hostile(path: pathlib.Path, spoil) -> pathlib.Path:

@@ -39,6 +39,33 @@ def test_a_state_dict_of_arrays() -> None:
         interop.from_pytorch({"weight": weight.astype(np.float64)})
 
 
+@pytest.mark.parametrize(
+    "bias", [np.ones(7, "f4"), np.ones((2, 3), "f4"), np.ones(0, "f4")], ids=lambda b: str(b.shape)
+)
+def test_a_bias_that_does_not_fit_the_kernel_is_refused(bias) -> None:
+    with pytest.raises(ValueError, match=r"it must be \(filters,\)"):
+        interop.from_pytorch({"weight": PARAMS["kernel"].transpose(4, 3, 0, 1, 2), "bias": bias})
+    for call in (interop.to_pytorch, interop.to_haiku):
+        with pytest.raises(ValueError, match=r"it must be \(filters,\)"):
+            call({**PARAMS, "bias": bias})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        interop.spec_from_pytorch,
+        interop.spec_from_equinox,
+        interop.spec_from_haiku,
+        interop.from_equinox,
+        interop.spec_from_flax,
+    ],
+)
+@pytest.mark.parametrize("what", [3, "x.pt", object()], ids=["int", "str", "object"])
+def test_what_is_no_layer_is_a_type_error(call, what) -> None:
+    with pytest.raises(TypeError, match="`module` must be a"):
+        call(what)
+
+
 @pytest.mark.parametrize("key", ["parametrizations.weight.original1", "weight_v", "weight_orig"])
 def test_weights_that_are_computed_from_others_are_named(key) -> None:
     weight = PARAMS["kernel"].transpose(4, 3, 0, 1, 2)
@@ -157,6 +184,15 @@ def test_pickles_that_run_code_and_damaged_ones_are_refused(tmp_path) -> None:
         path.write_bytes(broken)
         with pytest.raises(ValueError, match=r"model\.pt"):
             interop.from_pytorch(path)
+    torch.save({"model": {"up.weight": torch.ones(2, 2, 2, 2, 2).to_sparse()}}, path)
+    assert interop.from_pytorch(path, "up")["kernel"].sum() == 32
+    torch.save({"weight": torch.ones(2, 2, 2, 2, 2) > 0}, path)
+    with pytest.raises(TypeError, match="must be an array of numbers"):
+        interop.from_pytorch(path)
+    with pytest.raises(ValueError, match="on the device 'meta'"):
+        interop.from_pytorch({"weight": torch.ones(2, 2, 2, 2, 2, device="meta")})
+    with pytest.raises(TypeError, match=r"`target` must be a torch\.nn\.Module"):
+        interop.to_pytorch(PARAMS, 42)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="holds a list, no state_dict"):
         interop.from_pytorch(path)

@@ -173,6 +173,11 @@ class WithFlag(nn.Module):
 def test_find_layers_takes_flags_as_they_are() -> None:
     assert list(c3t.find_layers(WithFlag(), X, True)) == [("ups_0",), ("ups_1",)]
     assert list(c3t.find_layers(WithFlag(), X, False, scale=2.0)) == [("ups_0",)]
+    struct = jax.ShapeDtypeStruct((), jnp.float32)
+    assert list(c3t.find_layers(WithFlag(), jax.ShapeDtypeStruct(X.shape, X.dtype), True, scale=struct)) == [
+        ("ups_0",),
+        ("ups_1",),
+    ]
 
 
 def test_find_layers_names_those_of_a_model() -> None:
@@ -254,6 +259,7 @@ def test_layers_stacked_along_another_axis_are_refused() -> None:
 def test_half_precision_norms_are_taken_in_float32() -> None:
     large, zero = jnp.full((2, 2, 2, 3, 3), 100, "float16"), jnp.zeros((2, 2, 2, 3, 3), "float16")
     axis = (0, 1, 2, 4)
+    np.testing.assert_allclose(constraints.MaxNorm(1.0)(jnp.array([3, 4])), [0.6, 0.8], rtol=1e-6)
     for constraint in (
         constraints.UnitNorm(axis),
         constraints.MaxNorm(1.0, axis),
@@ -324,6 +330,10 @@ def test_what_is_refused_in_use() -> None:
     optimizer = c3t.constrain(optax.sgd(0.1), c3t.Conv3DTranspose(4, 2, kernel_constraint=lambda w: w[0]))
     with pytest.raises(ValueError, match="constrain needs the parameters"):
         optimizer.update(params, optimizer.init(params))
+    with pytest.raises(TypeError, match="must be an optax transformation, not int"):
+        c3t.constrain(3, orthogonal)
+    with pytest.raises(TypeError, match=r"must be a flax\.linen\.Module, not int"):
+        c3t.find_layers(3, X)
     with pytest.raises(ValueError, match="the shape must stay"):
         optimizer.update(params, optimizer.init(params), params)
 

@@ -50,15 +50,33 @@ def checked(params: Any, argument: str = "params") -> Params:
             f"`{argument}['kernel']` has shape {arrays['kernel'].shape}; it must be (kd, kh, kw, filters // groups, "
             "channels)."
         )
-    if "bias" in arrays and arrays["bias"].ndim != 1:
-        raise ValueError(f"`{argument}['bias']` has shape {arrays['bias'].shape}; it must be (filters,).")
+    check_bias(argument, arrays)
     return arrays
+
+
+def check_bias(argument: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """A bias has a value for each filter of a transposed kernel, or of an ordinary one, which has them last."""
+    if "bias" not in arrays:
+        return
+    shape, kernel = arrays["bias"].shape, arrays["kernel"].shape
+    if len(shape) != 1 or (shape[0] % kernel[3] and shape[0] != kernel[4]) or not shape[0]:
+        raise ValueError(
+            f"`{argument}['bias']` has shape {shape}; it must be (filters,), and the kernel of shape {kernel} makes "
+            f"{kernel[3]} filters in each group."
+        )
+
+
+def wanted(argument: str, module: Any, kind: str, *attributes: str) -> None:
+    """Raises where a module is not of the kind that is meant: by what it has, so that no framework is imported."""
+    missing = [name for name in attributes if not hasattr(module, name)]
+    if missing:
+        raise TypeError(f"`{argument}` must be a {kind}, not {type(module).__name__}.")
 
 
 def numpy(name: str, value: Any) -> np.ndarray:
     """An array of numbers of any framework, as NumPy's, without a copy where that can be."""
     if type(value).__module__.split(".")[0] == "torch":
-        return _from_torch(value)
+        value = _from_torch(name, value)
     try:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
@@ -68,14 +86,19 @@ def numpy(name: str, value: Any) -> np.ndarray:
     return array
 
 
-def _from_torch(tensor: Any) -> np.ndarray:
+def _from_torch(name: str, tensor: Any) -> np.ndarray:
     torch = needed("torch", "pytorch")
     if tensor.is_meta:
-        raise ValueError("a tensor on the device 'meta' holds no values; load the weights first.")
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own: the bits go over
-        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()
+        raise ValueError(f"the tensor `{name}` is on the device 'meta' and holds no values; load the weights first.")
+    try:
+        tensor = tensor.detach().cpu()
+        dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
+        tensor = dense.resolve_conj().resolve_neg().contiguous()
+        if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16 of its own: the bits go over
+            return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+        return tensor.numpy()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"the tensor `{name}` cannot be read: {error}") from error
 
 
 def as_jax(arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -117,6 +140,9 @@ def pick(source: str, found: Mapping[str, Any], layer: str, describe: Callable[[
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A new file beside ``path`` that takes its place when the block ends well, and vanishes otherwise."""
+    if path.is_dir() or not path.parent.is_dir():
+        what = f"{str(path)!r} is a folder" if path.is_dir() else f"there is no folder {str(path.parent)!r}"
+        raise ValueError(f"{what}; name a file to write.")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     try:

@@ -106,11 +106,13 @@ def _flatten(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[
     """The convolutions in a tree of parameters, by their paths joined with dots."""
     if not isinstance(tree, Mapping):
         return
+    if not path and isinstance(tree.get("params"), Mapping):  # the rest: statistics, an optimizer's moments
+        tree = tree["params"]
     if np.ndim(tree.get("kernel", 0)) == 5:
         parts = {part: _common.numpy(part, tree[part]) for part in _common.PARTS if tree.get(part) is not None}
         yield ".".join(path), parts
     for name, value in tree.items():
-        yield from _flatten(value, path if name == "params" and not path else (*path, str(name)))
+        yield from _flatten(value, (*path, str(name)))
 
 
 def _nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
@@ -149,8 +151,15 @@ def _write_keras(target: Path, layers: Mapping[str, Any], template: Path | None)
             raise ValueError(f"{target.name} needs a template: a file of the Keras model that is to get the weights.")
         _keras_writing.create(target, {name or "conv3d_transpose": arrays for name, arrays in layers.items()})
         return
-    if "".join(template.suffixes[-1:]) != target.suffix:
+    if _ending(template) != _ending(target):
         raise ValueError(f"the template {template.name} and {target.name} must have the same ending.")
     with _common.replacing(target) as new:
         shutil.copyfile(_common.existing(template), new)
-        _keras.to_keras(layers, new)
+        try:
+            _keras.to_keras(layers, new)
+        except ValueError as error:
+            raise ValueError(str(error).replace(new.name, template.name)) from error
+
+
+def _ending(path: Path) -> str:
+    return ".weights.h5" if path.name.endswith(".weights.h5") else path.suffix

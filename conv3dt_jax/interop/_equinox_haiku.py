@@ -20,6 +20,7 @@ def from_equinox(module: Any) -> _common.Params:
       >>> {name: value.shape for name, value in from_equinox(module).items()}
       {'kernel': (2, 2, 2, 8, 3), 'bias': (8,)}
     """
+    _common.wanted("module", module, "equinox.nn.ConvTranspose3d", "weight", "bias", "groups")
     weight, groups = _common.numpy("weight", module.weight), module.groups
     blocks = weight.reshape(groups, -1, *weight.shape[1:])  # (G, F // G, C // G, kd, kh, kw)
     kernel = turned(blocks.transpose(3, 4, 5, 1, 0, 2).reshape(*weight.shape[2:], blocks.shape[1], -1))
@@ -46,6 +47,7 @@ def to_equinox(params: Mapping[str, Any], module: Any) -> Any:
     """
     arrays = _common.checked(params)
     equinox = _common.needed("equinox", "equinox")
+    _common.wanted("module", module, "equinox.nn.ConvTranspose3d", "weight", "bias", "groups")
     kernel, groups = arrays["kernel"], module.groups
     blocks = turned(kernel).reshape(*kernel.shape[:4], groups, -1)  # (kd, kh, kw, F // G, G, C // G)
     new = {"weight": blocks.transpose(4, 3, 5, 0, 1, 2).reshape(-1, blocks.shape[-1], *kernel.shape[:3])}
@@ -70,6 +72,8 @@ def spec_from_equinox(module: Any) -> Conv3DTransposeSpec:
       >>> spec_from_equinox(module).output_shape((8, 4, 4, 4))
       (8, 8, 8, 8)
     """
+    names = ("kernel_size", "stride", "dilation", "padding", "output_padding", "padding_mode", "out_channels")
+    _common.wanted("module", module, "equinox.nn.ConvTranspose3d", *names)
     k, s, d = module.kernel_size, module.stride, module.dilation
     spans = [(a - 1) * b + 1 for a, b in zip(k, d, strict=True)]
     common: dict[str, Any] = {
@@ -108,6 +112,7 @@ def from_haiku(params: Mapping[str, Any]) -> _common.Params:
     arrays["kernel"] = turned(arrays["kernel"])
     if "b" in params:
         arrays["bias"] = _common.numpy("b", params["b"]).reshape(-1)  # (F, 1, 1, 1) with channels first
+        _common.check_bias("params", arrays)
     return _common.as_jax(arrays)
 
 
@@ -141,6 +146,8 @@ def spec_from_haiku(module: Any) -> Conv3DTransposeSpec:
       >>> spec_from_haiku(module).output_shape((1, 4, 4, 4, 3))
       (1, 8, 8, 8, 8)
     """
+    names = ("kernel_shape", "stride", "padding", "output_channels", "mask", "data_format", "output_shape")
+    _common.wanted("module", module, "haiku.Conv3DTranspose", *names)
     if module.mask is not None:
         raise ValueError("a Haiku module with a mask has no counterpart; multiply the mask into its weights.")
     spans, strides = three(module.kernel_shape), three(module.stride)

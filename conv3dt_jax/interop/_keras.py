@@ -45,6 +45,7 @@ def from_keras(source: Any, layer: str | None = None) -> _common.Params:
             return _common.as_jax(_common.pick(path.name, found, layer, lambda one: str(one[0]))[1])
         return {name: _common.as_jax(arrays) for name, (_, arrays) in found.items()}
     if not _is_model(source):
+        _check_name(source, layer)
         return _common.as_jax(_arrays(source))
     layers = _convolutions(source)
     if layer is not None:
@@ -80,9 +81,15 @@ def layer_from_keras(
         peers = {one: peer for one, peer in _convolutions(source).items() if _is_a(peer, "Conv3DTranspose")}
         configs, name = {one: peer.get_config() for one, peer in peers.items()}, f"the model {source.name!r}"
     elif _is_a(source, "Conv3DTranspose"):
+        _check_name(source, layer)
         return Conv3DTranspose.from_config(source.get_config(), custom_objects)
     else:
         raise ValueError(f"a Keras Conv3DTranspose is wanted, not a {_kind(source)}.")
+    if not configs:
+        raise ValueError(
+            f"{name} shows no transposed 3-D convolution; those within layers of a user's class are not in its config: "
+            "load the model with Keras, and pass it or the layer."
+        )
     if layer is None:
         if len(configs) != 1:
             raise ValueError(
@@ -165,6 +172,8 @@ def _new_archive(arrays: dict[str, np.ndarray], target: Any, layer: Conv3DTransp
 def _changes(params: Mapping[str, Any], layer: str | None) -> dict[str | None, dict[str, np.ndarray]]:
     if isinstance(params, Mapping) and set(params) == {"params"}:
         params = params["params"]
+    if not isinstance(params, Mapping) or not params:
+        raise TypeError(f"`params` must be a dict with 'kernel' and 'bias', or of such by name, not {params!r:.60}.")
     if _common.is_layer(params):
         return {layer: _common.checked(params)}
     if layer is not None:
@@ -176,6 +185,11 @@ def _named(changes: Mapping[str | None, Any], target: str) -> dict[str, Any]:
     if None in changes:
         raise ValueError(f"`layer` must name the layer of {target} that the parameters are for.")
     return {str(name): arrays for name, arrays in changes.items()}
+
+
+def _check_name(source: Any, layer: str | None) -> None:
+    if layer not in (None, getattr(source, "name", None)):
+        raise ValueError(f"`layer={layer!r}` is not the name of the one layer that was given, {source.name!r}.")
 
 
 def _kind(layer: Any) -> str:

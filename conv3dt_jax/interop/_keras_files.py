@@ -58,8 +58,11 @@ def config(path: Path) -> Mapping[str, Any]:
     if zipfile.is_zipfile(path):
         with open_archive(path) as archive:
             return _json(path, member(path, archive, "config.json"))
-    with opened(path) as file:
-        text = file.attrs.get("model_config")
+    try:
+        with opened(path) as file:
+            text = file.attrs.get("model_config")
+    except (KeyError, OSError, RuntimeError) as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from error
     if text is None:
         raise ValueError(
             f"{path.name} holds weights without a config; take the layer's arguments from where it was made."
@@ -120,7 +123,10 @@ def records(path: Path, file: Any) -> dict[str, Record]:
 
 def unique(found: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
     """Of (path, name, what) the last by the name; by the path, where the name is there twice."""
-    names = [name for _, name, _ in found]
+    names, paths = [name for _, name, _ in found], [path for path, _, _ in found]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    if twice:
+        raise ValueError(f"two layers have the one path {twice[0]!r}; they cannot be told apart.")
     return {name if names.count(name) == 1 else path: one for path, name, one in found}
 
 
@@ -171,9 +177,10 @@ def _legacy(file: Any) -> Iterator[tuple[str, Record]]:
         weights = _names(_group(top, layer), "weight_names")
         owners = list(dict.fromkeys(weight.rpartition("/")[0] for weight in weights))  # several in a model in the model
         for owner in owners:
-            name = owner.rpartition("/")[2] or layer
+            steps = owner.split("/") if owner else [layer]
+            steps = steps[steps.index(layer) :] if layer in steps else [layer, *steps]
             places = [f"{prefix}{layer}/{weight}" for weight in weights if weight.rpartition("/")[0] == owner]
-            yield from _record(file, f"{layer}/{name}", name, None, places)
+            yield from _record(file, "/".join(steps), steps[-1], None, places)
 
 
 def _names(group: Any, attribute: str) -> list[str]:
@@ -186,6 +193,7 @@ def _names(group: Any, attribute: str) -> list[str]:
 
 
 def _record(file: Any, place: str, name: str, kind: str | None, places: list[str]) -> Iterator[tuple[str, Record]]:
+    places = sorted(places, key=lambda one: -_dataset(file, one).ndim)  # the kernel first, whatever the order
     shapes = [tuple(_dataset(file, one).shape) for one in places]
     if not shapes or len(shapes[0]) != 5:
         return

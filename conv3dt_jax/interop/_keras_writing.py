@@ -75,6 +75,9 @@ def create(path: Path, layers: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         with _common.replacing(path) as new:
             _write_one(new, *next(iter(layers.items())))
         return
+    wrong = [name for name in layers if "/" in name or name in (".", "..")]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is no name for a layer in a Keras file; choose one without '/'.")
     h5py = _common.needed("h5py", "keras")
     with _common.replacing(path) as new, h5py.File(new, "w") as file:
         file.attrs["layer_names"] = [name.encode() for name in layers]

@@ -87,6 +87,7 @@ def to_pytorch(params: Mapping[str, Any], target: Any = None, layer: str | None 
         return _write(Path(target), state)
     tensors = _tensors(state)
     if target is not None:
+        _common.wanted("target", target, "torch.nn.Module, or the path of a file", "state_dict", "load_state_dict")
         there = target.state_dict()
         missing = sorted(set(tensors) - set(there))
         if missing:
@@ -111,6 +112,8 @@ def spec_from_pytorch(module: Any) -> Conv3DTransposeSpec:
       >>> spec_from_pytorch(module).output_shape((1, 4, 5, 5, 5))
       (1, 8, 10, 10, 10)
     """
+    names = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "out_channels")
+    _common.wanted("module", module, "torch.nn.ConvTranspose3d", *names)
     if getattr(module, "padding_mode", "zeros") != "zeros":
         raise ValueError(f"padding_mode={module.padding_mode!r} is none of ConvTranspose3d's; it has 'zeros' alone.")
     if len(module.kernel_size) != 3 or not getattr(module, "transposed", True):
@@ -151,13 +154,15 @@ def read(path: Path) -> Mapping[str, Any]:
             warnings.simplefilter("ignore", UserWarning)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if "nsupported" not in str(error):
+            raise ValueError(f"{path.name} is no file of torch.save, or is damaged: {error}") from error
         raise ValueError(
             f"{path.name} holds more than weights: its pickle would run code, and is refused. Save module.state_dict() "
             f"instead of the module. ({str(error).splitlines()[0]})"
         ) from error
     except Exception as error:  # damaged files raise errors of every kind
         raise ValueError(f"{path.name} is no file of torch.save, or is damaged: {error}") from error
-    for key in ("state_dict", "model_state_dict"):  # as Lightning keeps it, and PyTorch's own tutorials
+    for key in ("state_dict", "model_state_dict", "model"):  # as Lightning keeps it, and PyTorch's own examples
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping):
@@ -178,7 +183,7 @@ def layers(state: Mapping[str, Any], layer: str | None = None) -> dict[str, dict
     found = {}
     for key, value in state.items():
         prefix, dot, part = str(key).rpartition(".")
-        if len(getattr(value, "shape", ())) != 5:
+        if _rank(value) != 5:
             continue
         if part != "weight":
             _refuse_parametrized(str(key), layer)
@@ -187,11 +192,19 @@ def layers(state: Mapping[str, Any], layer: str | None = None) -> dict[str, dict
         bias = state.get(f"{prefix}{dot}bias")
         if bias is not None:
             arrays["bias"] = _common.numpy(f"{prefix}{dot}bias", bias)
+        _common.check_bias(prefix, arrays)
         found[prefix] = arrays
     if not found:
         shown = ", ".join(sorted(map(str, state))[:20]) or "nothing"
         raise ValueError(f"there is no weight of a 3-D convolution, `weight` with 5 dimensions, among: {shown}.")
     return found
+
+
+def _rank(value: Any) -> int:
+    try:
+        return len(getattr(value, "shape", ()))
+    except RuntimeError:  # a lazy parameter of PyTorch has no shape yet
+        return 0
 
 
 def _refuse_parametrized(key: str, layer: str | None) -> None:
