@@ -43,7 +43,7 @@ def integer(name: str, value: Any, *, minimum: int, whole: Any = None) -> int:
     return number
 
 
-def number(name: str, value: Any, *, minimum: float) -> float:
+def number(name: str, value: Any, *, minimum: float = -float("inf")) -> float:
     """A finite real number of at least ``minimum``, as a float; booleans and arrays do not count."""
     if isinstance(value, bool | np.bool_ | str | bytes) or np.ndim(value) or isinstance(value, jax.core.Tracer):
         raise TypeError(f"{received(name, value)} must be a number, not {type(value).__name__}.")

@@ -16,7 +16,7 @@ from conv3dt_jax import _arguments as args
 
 _CLASS_NAMES = ("Conv3DTranspose", "Convolution3DTranspose")
 
-# What Keras's layer does not take, with its default: written where it differs.
+# What Keras's layer does not take, or warns of, with its default: written where it differs.
 _OURS = {
     "groups": 1,
     "precision": None,
@@ -131,7 +131,7 @@ def from_config(
 ) -> dict[str, Any]:
     """The arguments that a config means, for the constructor of a layer that knows the arguments ``known``."""
     config = _unwrap(config)
-    known = {*known, "name", "trainable"} - {"parent"}
+    known = set(known) - {"parent"}
     unknown = sorted(map(str, set(config) - known))
     if unknown:
         close = get_close_matches(unknown[0], known, n=1)

@@ -57,11 +57,9 @@ def resolve(argument: str, identifier: Any, classes: Mapping[str, type], aliases
     if isinstance(identifier, str | Mapping):
         name, config = parse(argument, identifier)
     elif callable(identifier) and not isinstance(identifier, type):
-        name, config = type(identifier).__name__, {}
         if not from_keras(identifier):
             return identifier
-        with jax.ensure_compile_time_eval():
-            config = identifier.get_config()
+        name, config = parse(argument, as_config(identifier))
     else:
         raise TypeError(
             f"`{argument}={identifier!r}` must be a Keras name, a config dict, a callable of one array, or None, "

@@ -34,11 +34,6 @@ def _ones() -> Initializer:
     return lambda key, shape, dtype: jnp.ones(shape, dtype)
 
 
-def _real(name: str, value: Any, minimum: float = -math.inf) -> float:
-    """A finite number; in a message it is that of an initializer's config."""
-    return args.number(name, value, minimum=minimum)
-
-
 def _constant(value: float = 0.0) -> Initializer:
     if not np.issubdtype(np.asarray(value).dtype, np.number):
         raise ValueError(f"{received('value', value)} must be a number, or numbers that fill the parameter.")
@@ -46,24 +41,24 @@ def _constant(value: float = 0.0) -> Initializer:
 
 
 def _random_normal(mean: float = 0.0, stddev: float = 0.05) -> Initializer:
-    mean, stddev = _real("mean", mean), _real("stddev", stddev, 0.0)
+    mean, stddev = args.number("mean", mean), args.number("stddev", stddev, minimum=0.0)
     return lambda key, shape, dtype: jax.random.normal(key, shape, dtype) * stddev + mean
 
 
 def _truncated_normal(mean: float = 0.0, stddev: float = 0.05) -> Initializer:
-    mean, stddev = _real("mean", mean), _real("stddev", stddev, 0.0)
+    mean, stddev = args.number("mean", mean), args.number("stddev", stddev, minimum=0.0)
     return lambda key, shape, dtype: jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) * stddev + mean
 
 
 def _random_uniform(minval: float = -0.05, maxval: float = 0.05) -> Initializer:
-    minval, maxval = _real("minval", minval), _real("maxval", maxval)
+    minval, maxval = args.number("minval", minval), args.number("maxval", maxval)
     if minval > maxval:
         raise ValueError(f"`minval={minval}` must not be above `maxval={maxval}`.")
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, minval, maxval)
 
 
 def _orthogonal(gain: float = 1.0) -> Initializer:
-    return jax.nn.initializers.orthogonal(scale=_real("gain", gain))
+    return jax.nn.initializers.orthogonal(scale=args.number("gain", gain))
 
 
 def _variance_scaling(
@@ -74,7 +69,7 @@ def _variance_scaling(
     output_axes: Sequence[int] | None = None,
 ) -> Initializer:
     distribution = {"normal": "truncated_normal"}.get(str(distribution).lower(), str(distribution).lower())
-    if _real("scale", scale) <= 0:
+    if args.number("scale", scale) <= 0:
         raise ValueError(f"`scale={scale}` of a variance-scaling initializer must be positive.")
     if mode not in ("fan_in", "fan_out", "fan_avg"):
         raise ValueError(f"`mode={mode!r}` of a variance-scaling initializer must be 'fan_in', 'fan_out' or 'fan_avg'.")

@@ -87,10 +87,6 @@ def configure(layer: Any) -> LayerConfig:
     )
 
 
-PENALTIES = ("kernel_regularizer", "bias_regularizer", "activity_regularizer")
-CONSTRAINTS = ("kernel_constraint", "bias_constraint")
-
-
 def _bias_initializer(identifier: Any) -> _initializers.Initializer:
     found = initializers.get("bias_initializer", identifier)
     if isinstance(found, tuple(initializers.CLASSES.values())):
@@ -106,6 +102,8 @@ _OF_SPEC = (
     "use_bias", "precision", "implementation",
 )  # fmt: skip
 _OF_CONFIG = ("dtype", "param_dtype", "input_shape", "batch_input_shape", "trainable", "weights")
+PENALTIES = ("kernel_regularizer", "bias_regularizer", "activity_regularizer")
+CONSTRAINTS = ("kernel_constraint", "bias_constraint")
 FUNCTIONS = ("activation", "kernel_initializer", "bias_initializer", *PENALTIES, *CONSTRAINTS)
 ARGUMENTS = (*_OF_SPEC, *_OF_CONFIG, *FUNCTIONS)
 

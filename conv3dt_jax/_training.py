@@ -26,7 +26,7 @@ def regularization_loss(variables: Mapping[str, Any], layers: Any = None) -> jax
         or both. The losses of the collection "losses", where activity regularizers leave theirs, are added.
       layers: whose regularizers are meant: a `Conv3DTranspose`, or layers by their paths among the parameters, as
         `find_layers` gives them (a path is a tuple of names, or the names joined by "/"). Layers with
-        ``trainable=False`` have no penalty on their parameters. None sums the collection "losses" alone.
+        ``trainable=False`` have no penalty on their parameters. None where there are no parameters, "losses" alone.
 
     Returns:
       A scalar, at least float32 wide.
@@ -53,14 +53,14 @@ def regularization_loss(variables: Mapping[str, Any], layers: Any = None) -> jax
         raise TypeError(f"`variables` must be a dict of parameters or of collections, not {type(variables).__name__}.")
     collections = bool({"params", "losses"} & set(variables))
     params = variables.get("params") if collections else variables
-    if params is not None and layers is None and "losses" not in variables:
+    if params is not None and layers is None:
         raise ValueError(
             "regularization_loss needs the layers: pass a layer, or what find_layers(model, inputs) gives."
         )
     total = jnp.zeros((), jnp.float32)
     for loss in jax.tree.leaves(variables.get("losses", {})) if collections else []:
         total = _sum(total, loss)
-    if params is None or layers is None:
+    if params is None:
         return total
     for path, layer in _by_path(layers).items():
         config = _layer.configure(layer)

@@ -9,8 +9,11 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 
@@ -28,6 +31,21 @@ def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
 def x64() -> Iterator[None]:
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Path]]:
+    """A trained Keras model, and its files by their kind."""
+    from tests import keras_models
+
+    original = keras_models.model()
+    original.compile("adam", "mse")
+    shape = (2, 16, 16, 16, 3)
+    original.train_on_batch(keras_models.X, np.zeros(shape, np.float32))  # the optimizer has slots of the same shapes
+    folder = tmp_path_factory.mktemp("keras")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("absl.logging.warning", lambda *args: None)
+        return original, {kind: keras_models.save(original, folder, kind) for kind in keras_models.KINDS}
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

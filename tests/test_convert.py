@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import jax
+import keras
 import numpy as np
 import pytest
 from flax import serialization
@@ -90,7 +91,6 @@ def test_a_layer_within_a_layer_is_kept(tmp_path) -> None:
 
 
 def test_a_template_makes_a_keras_archive(tmp_path) -> None:
-    keras = pytest.importorskip("keras")
     peer = keras.Sequential([keras.Input((4, 4, 4, 3)), keras.layers.Conv3DTranspose(4, 2, 2, name="up_0")])
     template, source, target = tmp_path / "t.keras", tmp_path / "a.safetensors", tmp_path / "b.keras"
     peer.save(template)

@@ -2,7 +2,9 @@
 
 import itertools
 
+import equinox as eqx
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,7 +117,6 @@ EQUINOX = list(
 
 @pytest.mark.parametrize(("padding", "kernel", "stride", "groups", "dilation"), EQUINOX[::3], ids=str)
 def test_equinox(padding, kernel, stride, groups, dilation, x64) -> None:
-    eqx = pytest.importorskip("equinox")
     a = 0 if stride == 1 or (isinstance(padding, str) and padding != "VALID") else (1, 2, 0)
     make = lambda seed: eqx.nn.ConvTranspose3d(
         4,
@@ -144,7 +145,6 @@ def test_equinox(padding, kernel, stride, groups, dilation, x64) -> None:
 )
 @pytest.mark.parametrize("padding", ["SAME", "SAME_LOWER"])
 def test_equinox_circular(kernel, stride, padding, x64) -> None:
-    eqx = pytest.importorskip("equinox")
     peer = eqx.nn.ConvTranspose3d(4, 6, kernel, stride, padding=padding, padding_mode="CIRCULAR", key=jax.random.key(0))
     overlap = [k - s for k, s in zip(kernel, peer.stride, strict=True)]
     if padding == "SAME_LOWER" and any(o > 0 and o % 2 for o in overlap):
@@ -159,7 +159,6 @@ def test_equinox_circular(kernel, stride, padding, x64) -> None:
 @pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 0), (1, 2), (0, 1))])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_haiku(data_format, padding, with_bias, x64) -> None:
-    hk = pytest.importorskip("haiku")
     made = {}
 
     def forward(x):
@@ -178,7 +177,6 @@ def test_haiku(data_format, padding, with_bias, x64) -> None:
 
 
 def test_haiku_output_shape(x64) -> None:
-    hk = pytest.importorskip("haiku")
     made = {}
 
     def forward(x):
