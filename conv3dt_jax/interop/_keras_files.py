@@ -146,7 +146,7 @@ def _current(file: Any) -> Iterator[tuple[str, Record]]:
             yield from arrays(variables, place, path, name)
         for key in group:
             child = group[key] if _is_group(group, key) else None
-            if child is None or key == "vars" or (not place and key == "optimizer"):  # its slots have the same shapes
+            if child is None or key == "vars":
                 continue
             if child.id in seen:
                 raise ValueError(f"the group {key!r} is there twice, which Keras never writes; that is refused.")
@@ -198,7 +198,7 @@ def _record(file: Any, place: str, name: str, kind: str | None, places: list[str
     if not shapes or len(shapes[0]) != 5:
         return
     if len(shapes) > 2 or any(len(shape) != 1 for shape in shapes[1:]):
-        return  # a layer of another make, such as a quantized one
+        return  # an optimizer, whose slots come with counters, or a layer of another make, such as a quantized one
     parts = dict(zip(_common.PARTS, zip(places, shapes, strict=True), strict=False))
     datasets, sizes = {part: p for part, (p, _) in parts.items()}, {part: s for part, (_, s) in parts.items()}
     yield place, Record(name, kind, datasets, sizes)
