@@ -15,9 +15,10 @@ from conv3dt_jax._spec import Conv3DTransposeSpec
 from conv3dt_jax.functional import apply, conv3d_transpose, init, output_shape
 
 if TYPE_CHECKING:
-    from conv3dt_jax import constraints, interop, regularizers
+    from conv3dt_jax import constraints, interop, nnx, regularizers
+    from conv3dt_jax._models import find_layers
     from conv3dt_jax._training import constrain, regularization_loss
-    from conv3dt_jax.linen import Conv3DTranspose, Convolution3DTranspose, find_layers
+    from conv3dt_jax.linen import Conv3DTranspose, Convolution3DTranspose
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "init",
     "initializers",
     "interop",
+    "nnx",
     "output_shape",
     "regularization_loss",
     "regularizers",
@@ -46,8 +48,9 @@ _LAZY = {
     "Convolution3DTranspose": "linen",
     "constrain": "_training",
     "constraints": "",
-    "find_layers": "linen",
+    "find_layers": "_models",
     "interop": "",
+    "nnx": "",
     "regularization_loss": "_training",
     "regularizers": "",
 }

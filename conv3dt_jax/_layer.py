@@ -9,8 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from conv3dt_jax import _activations, _dtype_policy, _initializers, _operands, constraints, initializers, regularizers
+from conv3dt_jax import (
+    _activations,
+    _dtype_policy,
+    _initializers,
+    _operands,
+    constraints,
+    functional,
+    initializers,
+    regularizers,
+)
 from conv3dt_jax import _arguments as args
 from conv3dt_jax._given_weights import GivenWeights
 from conv3dt_jax._keras_config import default_data_format
@@ -153,6 +163,19 @@ def in_channels(config: LayerConfig, inputs: Any) -> tuple[jax.Array, int]:
 def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
     last = shape[-len(expected) :]
     return len(last) == len(expected) and all(a is None or a == b for a, b in zip(expected, last, strict=True))
+
+
+def forward(
+    config: LayerConfig, inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None, output_size: Any = None
+) -> jax.Array:
+    """``activation(conv3d_transpose(inputs, kernel) + bias)``, in the layer's dtype."""
+    if not config.trainable:
+        kernel, bias = lax.stop_gradient((kernel, bias))
+    dtype = compute_dtype(config, inputs, kernel, bias)
+    inputs, kernel = inputs.astype(dtype), kernel.astype(dtype)
+    bias = None if bias is None else bias.astype(dtype)
+    spec = config.spec if output_size is None else config.spec.without_output_padding()
+    return config.activation(functional.run(inputs, kernel, bias, spec, output_size, keras_rules=True))
 
 
 def check_drawn(argument: str, value: jax.Array, shape: tuple[int, ...]) -> None:

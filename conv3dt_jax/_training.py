@@ -1,9 +1,9 @@
-"""Penalties and constraints of a model's layers, from its parameters: `regularization_loss` and `constrain`."""
+"""Penalties and constraints of a model's layers: `regularization_loss` and `constrain`, for Linen and NNX."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -11,28 +11,33 @@ import jax.numpy as jnp
 import optax
 from flax.core import meta
 
-from conv3dt_jax import _layer
+from conv3dt_jax import _layer, _models
+from conv3dt_jax._models import Path
 
-Path: TypeAlias = tuple[str, ...]
 Projection: TypeAlias = tuple[_layer.LayerConfig, Callable[[jax.Array], jax.Array] | None]
 RANKS = {"kernel": 5, "bias": 1}
 
 
-def regularization_loss(variables: Mapping[str, Any], layers: Any = None) -> jax.Array:
+def regularization_loss(variables: Any, layers: Any = None, *, losses: Any = None) -> jax.Array:
     """The sum of a model's regularization losses: what the layers' ``losses`` add up to in Keras.
 
     Args:
-      variables: parameters (of a layer, or of a model: nested dicts), or a dict of collections with "params", "losses"
-        or both. The losses of the collection "losses", where activity regularizers leave theirs, are added.
+      variables: an NNX model, or the parameters of a Linen layer or model (nested dicts), or a dict of collections with
+        "params", "losses" or both. The losses of the collection "losses", where activity regularizers leave theirs,
+        are added; those of an NNX model are what the latest call of each layer left in it.
       layers: whose regularizers are meant: a `Conv3DTranspose`, or layers by their paths among the parameters, as
         `find_layers` gives them (a path is a tuple of names, or the names joined by "/"). Layers with
-        ``trainable=False`` have no penalty on their parameters. None where there are no parameters, "losses" alone.
+        ``trainable=False`` have no penalty on their parameters. None where there are no parameters, "losses" alone, and
+        for an NNX model, which holds its layers.
+      losses: what `flax.nnx.capture` collected of `conv3dt_jax.nnx.RegularizationLoss` (or a collection "losses"), in
+        place of what ``variables`` hold of them: the losses of every call where layers are called more than once.
 
     Returns:
       A scalar, at least float32 wide.
 
     Raises:
-      ValueError: a path that the parameters do not have; parameters given, but no layers.
+      ValueError: a path that the parameters do not have; parameters given, but no layers; a loss of an NNX model that
+        was left outside of the transformation that asks for it.
 
     Take the collection "losses" fresh from each call: one that goes back into ``apply`` grows. A model that scans or
     maps its layers says so of "losses" too (``variable_axes={"params": 0, "losses": 0}``), or its losses stay inside.
@@ -48,36 +53,79 @@ def regularization_loss(variables: Mapping[str, Any], layers: Any = None) -> jax
       Array(0.06, dtype=float32)
       >>> c3t.regularization_loss({**variables, **state}, layer).round(4)  # and 0.01 * 3 * 2 for each sample
       Array(0.12, dtype=float32)
+
+      In NNX:
+
+      >>> from flax import nnx
+      >>> layer = c3t.nnx.Conv3DTranspose(3, 2, 1, kernel_initializer="ones", kernel_regularizer="l2",
+      ...     activity_regularizer="l1", rngs=nnx.Rngs(0))
+      >>> outputs = layer(jnp.ones((4, 1, 1, 1, 3)))
+      >>> c3t.regularization_loss(layer).round(4)
+      Array(0.12, dtype=float32)
     """
+    if _models.is_nnx(variables):
+        return _loss_of_nnx(variables, layers, losses)
     if not isinstance(variables, Mapping):
-        raise TypeError(f"`variables` must be a dict of parameters or of collections, not {type(variables).__name__}.")
+        raise TypeError(
+            "`variables` must be an NNX model, or a dict of parameters or of collections, not "
+            f"{type(variables).__name__}."
+        )
     collections = bool({"params", "losses"} & set(variables))
     params = variables.get("params") if collections else variables
     if params is not None and layers is None:
         raise ValueError(
             "regularization_loss needs the layers: pass a layer, or what find_layers(model, inputs) gives."
         )
-    total = jnp.zeros((), jnp.float32)
-    for loss in jax.tree.leaves(variables.get("losses", {})) if collections else []:
-        total = _sum(total, loss)
+    if losses is None:
+        losses = variables.get("losses", {}) if collections else {}
     if params is None:
-        return total
-    for path, layer in _by_path(layers).items():
+        return _total(losses)
+    by_path = _by_path(layers)
+    parameters = {(*path, name): _at(params, (*path, name)) for path, name in _penalized(by_path)}
+    return _total([losses, *_penalties(by_path, parameters)])
+
+
+def _loss_of_nnx(model: Any, layers: Any, losses: Any) -> jax.Array:
+    from conv3dt_jax.nnx import kept_losses
+
+    if layers is not None:
+        raise TypeError("`layers` are for Linen; an NNX model holds its layers.")
+    found = _models.find_layers(model)
+    parameters = {(*path, name): getattr(found[path], name) for path, name in _penalized(found)}
+    return _total([kept_losses(model) if losses is None else losses, *_penalties(found, parameters)])
+
+
+def _penalized(layers: Mapping[Path, Any]) -> list[tuple[Path, str]]:
+    """The parameters that have a penalty: the paths of their layers, and their names."""
+    found = []
+    for path, layer in layers.items():
         config = _layer.configure(layer)
         for name in ("kernel", "bias") if config.trainable else ():
-            regularizer = getattr(config, f"{name}_regularizer")
-            if regularizer is not None and (name != "bias" or config.spec.use_bias):
-                value = meta.unbox(_at(params, (*path, name)))
-                _check_shape((*path, name), config, value)
-                penalty = functools.partial(_layer.penalty, f"{name}_regularizer", regularizer)
-                total = _sum(total, _stacked(penalty, value, name)(value))
+            if getattr(config, f"{name}_regularizer") is not None and (name != "bias" or config.spec.use_bias):
+                found.append((path, name))
+    return found
+
+
+def _penalties(layers: Mapping[Path, Any], parameters: Mapping[Path, Any]) -> Iterator[jax.Array]:
+    """The penalty of each parameter; one for each of the layers where many are stacked."""
+    for path, parameter in parameters.items():
+        config, name, value = _layer.configure(layers[path[:-1]]), str(path[-1]), _value(parameter)
+        _check_shape(path, config, value)
+        penalty = functools.partial(_layer.penalty, f"{name}_regularizer", getattr(config, f"{name}_regularizer"))
+        yield _stacked(penalty, value, name)(value)
+
+
+def _total(losses: Any) -> jax.Array:
+    total = jnp.zeros((), jnp.float32)
+    for loss in map(jnp.asarray, jax.tree.leaves(losses)):
+        wide = jnp.promote_types(total.dtype, loss.dtype)
+        total = total.astype(wide) + loss.astype(wide).sum()
     return total
 
 
-def _sum(total: jax.Array, loss: Any) -> jax.Array:
-    loss = jnp.asarray(loss)
-    wide = jnp.promote_types(total.dtype, loss.dtype)
-    return total.astype(wide) + loss.astype(wide).sum()
+def _value(parameter: Any) -> Any:
+    """The array in a box of Linen's or a variable of NNX's."""
+    return parameter.get_value() if hasattr(parameter, "get_value") else meta.unbox(parameter)
 
 
 def _check_shape(path: Path, config: _layer.LayerConfig, value: Any) -> None:
@@ -87,7 +135,7 @@ def _check_shape(path: Path, config: _layer.LayerConfig, value: Any) -> None:
     end = len(shape) - (path[-1] == "kernel")
     if shape[max(end - len(wanted), 0) : end] != wanted:
         raise ValueError(
-            f"the parameter {'/'.join(path)} has shape {shape}, but the layer's is {wanted}"
+            f"the parameter {_joined(path)} has shape {shape}, but the layer's is {wanted}"
             + (" with the channels last" if path[-1] == "kernel" else "")
             + "; layers that are stacked must be so along the first axis (variable_axes={'params': 0})."
         )
@@ -110,7 +158,8 @@ def constrain(optimizer: optax.GradientTransformation, layers: Any) -> optax.Gra
     Args:
       optimizer: any `optax` transformation, complete: it is the last to see the updates. Put gradient accumulation or
         masks inside of it.
-      layers: a `Conv3DTranspose`, or layers by their paths among the parameters, as `find_layers` gives them.
+      layers: a `Conv3DTranspose`, or layers by their paths among the parameters, as `find_layers` gives them; or an
+        NNX model. The optimizer is then one for `flax.nnx.Optimizer`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`, whose ``update`` needs the parameters, and whose state is that of
@@ -163,26 +212,25 @@ def _projections(layers: Mapping[Path, Any]) -> dict[Path, Projection]:
 
 def _constrained(path: Path, projection: Projection, parameter: Any, step: Any) -> Any:
     """The update that takes a parameter to the projection of where ``step`` would take it."""
-    (config, project), old, move = projection, meta.unbox(parameter), meta.unbox(step)
+    (config, project), old, move = projection, _value(parameter), _value(step)
     _check_shape(path, config, old)
     if project is None:
         new_move = jnp.zeros_like(move)
     else:
         moved = (old + move).astype(old.dtype)  # as optax.apply_updates has it
-        new = jnp.asarray(_stacked(project, moved, path[-1])(moved))
+        new = jnp.asarray(_stacked(project, moved, str(path[-1]))(moved))
         if new.shape != old.shape:
-            raise ValueError(
-                f"the constraint of {'/'.join(path)} made {new.shape} of {old.shape}; the shape must stay."
-            )
+            raise ValueError(f"the constraint of {_joined(path)} made {new.shape} of {old.shape}; the shape must stay.")
         wide = jnp.promote_types(move.dtype, jnp.float32)
         new_move = new.astype(wide) - old.astype(wide)
-    return meta.replace_boxed(step, new_move)
+    return step.replace(new_move) if hasattr(step, "get_value") else meta.replace_boxed(step, new_move)
 
 
 def _by_path(layers: Any) -> dict[Path, Any]:
     """The layers by path: of one layer alone, of `find_layers`, or with paths written "a/b"."""
     if not isinstance(layers, Mapping):
-        layers = {(): layers}
+        is_model = _models.is_nnx(layers) and not hasattr(layers, "kernel_constraint")
+        layers = _models.find_layers(layers) if is_model else {(): layers}
     found = {}
     for path, layer in layers.items():
         if not hasattr(layer, "kernel_constraint"):
@@ -199,10 +247,11 @@ def _at(tree: Any, path: Path) -> Any:
     for depth, name in enumerate(path):
         if isinstance(tree, optax.MaskedNode) or tree is None:
             return tree
+        name = _key(tree, name)
         if not isinstance(tree, Mapping) or name not in tree:
-            found = sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
+            found = sorted(tree, key=str) if isinstance(tree, Mapping) else type(tree).__name__
             raise ValueError(
-                f"the parameters have no {'/'.join(path)!r}: {'/'.join(path[:depth]) or 'the top'} holds {found}."
+                f"the parameters have no {_joined(path)!r}: {_joined(path[:depth]) or 'the top'} holds {found}."
             )
         tree = tree[name]
     return tree
@@ -212,5 +261,19 @@ def _replaced(tree: Any, path: Path, value: Any) -> Any:
     """The tree with another value at a path; what is given stays as it is."""
     if not path:
         return value
-    changed = {**tree, path[0]: _replaced(tree[path[0]], path[1:], value)}
+    if hasattr(tree, "raw_mapping"):  # a State of NNX, dicts inside
+        return type(tree)(_replaced(tree.raw_mapping, path, value))
+    name = _key(tree, path[0])
+    changed = {**tree, name: _replaced(tree[name], path[1:], value)}
     return changed if type(tree) is dict else type(tree)(changed)
+
+
+def _key(tree: Any, name: Any) -> Any:
+    """A name as the tree has it: NNX numbers what is in lists, and "a/0" is written with a text."""
+    if isinstance(tree, Mapping) and name not in tree and isinstance(name, str) and name.isdigit():
+        return int(name)
+    return name
+
+
+def _joined(path: Path) -> str:
+    return "/".join(map(str, path))

@@ -8,6 +8,19 @@ groups. Called on their own, as ``(key, shape, dtype)``, they need the strides g
 >>> kernel = initializers.Trilinear(strides=2)(jax.random.key(0), (4, 4, 4, 1, 1), "float32")
 >>> kernel[:, 1, 1, 0, 0] / kernel[1, 1, 1, 0, 0]
 Array([0.33333334, 1.        , 1.        , 0.33333334], dtype=float32)
+
+`KERNEL_AXES` and `BIAS_AXES` are default names for the axes of the parameters, for sharding annotations: "filters" and
+"channels", logical names that rules map to the axes of a mesh. They go around an initializer (`nn.with_partitioning`,
+`nn.with_logical_partitioning`, `nnx.with_partitioning`), in NNX also into ``kernel_metadata={"out_sharding": ...}``:
+
+>>> import flax.linen as nn
+>>> from conv3dt_jax import Conv3DTranspose
+>>> he_normal = nn.with_logical_partitioning(initializers.get("kernel_initializer", "he_normal"),
+...     initializers.KERNEL_AXES)
+>>> inputs = jax.numpy.ones((4, 4, 4, 3))
+>>> variables = Conv3DTranspose(8, 2, kernel_initializer=he_normal).init(jax.random.key(0), inputs)
+>>> tuple(nn.get_partition_spec(variables)["params"]["kernel"])
+(None, None, None, 'filters', 'channels')
 """
 
 from __future__ import annotations
@@ -24,7 +37,11 @@ from jax.typing import DTypeLike
 from conv3dt_jax import _arguments as args
 from conv3dt_jax import _identifiers, _initializers
 
-__all__ = ["ICNR", "Trilinear", "get"]
+__all__ = ["BIAS_AXES", "ICNR", "KERNEL_AXES", "Trilinear", "get"]
+
+# The kernel (kd, kh, kw, F // G, C) and the bias (F,). With groups, "filters" are those of one group in the kernel.
+KERNEL_AXES = (None, None, None, "filters", "channels")
+BIAS_AXES = ("filters",)
 
 
 @dataclasses.dataclass(frozen=True)

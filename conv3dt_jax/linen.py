@@ -129,23 +129,16 @@ class Conv3DTranspose(nn.Module):
         """
         config = _layer.configure(self)
         inputs, channels = _layer.in_channels(config, inputs)
-        spec = config.spec if output_size is None else config.spec.without_output_padding()
-        kernel_shape = spec.kernel_shape(channels)
         self._check_given_kernel(channels)
+        kernel_shape = config.spec.kernel_shape(channels)
         make_kernel, make_bias = config.makers
         kernel = self.param("kernel", make_kernel, kernel_shape, config.param_dtype)
         _layer.check_drawn("kernel_initializer", kernel, kernel_shape)
         bias = None
-        if spec.use_bias:
-            bias = self.param("bias", make_bias, (spec.filters,), config.param_dtype)
-            _layer.check_drawn("bias_initializer", bias, (spec.filters,))
-        if not config.trainable:
-            kernel, bias = lax.stop_gradient((kernel, bias))
-        dtype = _layer.compute_dtype(config, inputs, kernel, bias)
-        inputs, kernel = inputs.astype(dtype), kernel.astype(dtype)
-        bias = None if bias is None else bias.astype(dtype)
-        outputs = functional.run(inputs, kernel, bias, spec, output_size, keras_rules=True)
-        outputs = config.activation(outputs)
+        if config.spec.use_bias:
+            bias = self.param("bias", make_bias, (config.spec.filters,), config.param_dtype)
+            _layer.check_drawn("bias_initializer", bias, (config.spec.filters,))
+        outputs = _layer.forward(config, inputs, kernel, bias, output_size)
         # At init nothing is sown: the loss would come back among the variables, and be counted again.
         if config.activity_regularizer is not None and not self.is_initializing():
             self.sow("losses", "activity_regularizer", _layer.activity_loss(config, outputs))
@@ -204,51 +197,6 @@ class Conv3DTranspose(nn.Module):
                 f"the inputs have {channels} channels, but the layer's kernel of shape {given} was made for "
                 f"{given[-1]}; give inputs with {given[-1]} channels, or initialize the layer again."
             )
-
-
-def find_layers(model: nn.Module, *inputs: Any, **options: Any) -> dict[tuple[str, ...], Conv3DTranspose]:
-    """The `Conv3DTranspose` layers that a Linen model calls, by their paths among its parameters.
-
-    `regularization_loss` and `constrain` take the dict. Nothing is computed: the call is traced with abstract values.
-
-    Args:
-      model: the model.
-      inputs: what it is called with; `jax.ShapeDtypeStruct` may stand for arrays.
-      options: keyword arguments of the call, likewise; also ``method`` (as `flax.linen.Module.init` takes it).
-
-    Returns:
-      ``{("decoder", "up_0"): Conv3DTranspose(...), ...}``; the path of a model that is a layer itself is ``()``.
-
-    Example:
-      >>> import jax.numpy as jnp, flax.linen as nn
-      >>> model = nn.Sequential([nn.Conv(4, (3, 3, 3)), Conv3DTranspose(2, 2, strides=2)])
-      >>> [*find_layers(model, jnp.ones((1, 4, 4, 4, 1)))]
-      [('layers_1',)]
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a flax.linen.Module, not {type(model).__name__}.")
-    found: dict[tuple[str, ...], Conv3DTranspose] = {}
-
-    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, Conv3DTranspose) and context.method_name == "__call__":
-            layer = context.module
-            fields = {name: getattr(layer, name) for name in _layer.ARGUMENTS}
-            found[layer.path] = Conv3DTranspose(**fields, name=layer.name, parent=None)
-        return call(*args, **kwargs)
-
-    flat, tree = jax.tree.flatten((inputs, options))
-    traced = [i for i, leaf in enumerate(flat) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
-
-    def init(key: jax.Array, *arrays: Any) -> Any:
-        leaves = list(flat)
-        for i, array in zip(traced, arrays, strict=True):
-            leaves[i] = array
-        given, keywords = jax.tree.unflatten(tree, leaves)
-        return model.init({"params": key, "dropout": key}, *given, **keywords)
-
-    with nn.intercept_methods(note):
-        jax.eval_shape(init, jax.random.key(0), *(flat[i] for i in traced))
-    return found
 
 
 Convolution3DTranspose = Conv3DTranspose

@@ -215,14 +215,14 @@ def test_what_is_refused_in_use() -> None:
             c3t.regularization_loss(variables)
     with pytest.raises(TypeError, match="use find_layers"):
         c3t.regularization_loss(params, nn.Dense(3))
-    with pytest.raises(TypeError, match="must be a dict"):
+    with pytest.raises(TypeError, match="must be an NNX model, or a dict"):
         c3t.regularization_loss([params], orthogonal)
     optimizer = c3t.constrain(optax.sgd(0.1), c3t.Conv3DTranspose(4, 2, kernel_constraint=lambda w: w[0]))
     with pytest.raises(ValueError, match="constrain needs the parameters"):
         optimizer.update(params, optimizer.init(params))
     with pytest.raises(TypeError, match="must be an optax transformation, not int"):
         c3t.constrain(3, orthogonal)
-    with pytest.raises(TypeError, match=r"must be a flax\.linen\.Module, not int"):
+    with pytest.raises(TypeError, match=r"must be a flax\.linen\.Module or a flax\.nnx\.Module, not int"):
         c3t.find_layers(3, X)
     with pytest.raises(ValueError, match="the shape must stay"):
         optimizer.update(params, optimizer.init(params), params)

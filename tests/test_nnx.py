@@ -1,0 +1,409 @@
+"""The NNX layer: to the bit what the Linen layer computes, and at home in NNX's transformations, optimizer and bridge."""
+
+import dataclasses
+import inspect
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import conv3dt_jax as c3t
+from conv3dt_jax import initializers
+from conv3dt_jax.nnx import RegularizationLoss
+from tests.helpers import label
+
+pytestmark = pytest.mark.lenient  # optax, Flax and Keras promote implicitly
+
+X = np.random.default_rng(0).normal(size=(2, 3, 4, 2, 3)).astype(np.float32)
+UP = {"strides": 2, "padding": "same", "activation": "tanh"}
+
+
+def make(*arguments, rngs=None, **options) -> c3t.nnx.Conv3DTranspose:
+    return c3t.nnx.Conv3DTranspose(3, *(arguments or (4, 3)), **options, rngs=rngs or nnx.Rngs(0))
+
+
+def params_of(layer) -> dict:
+    return {name: value[...] for name, value in (("kernel", layer.kernel), ("bias", layer.bias)) if value is not None}
+
+
+def test_it_takes_what_the_linen_layer_takes() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(c3t.Conv3DTranspose) if field.name != "parent"}
+    signature = inspect.signature(c3t.nnx.Conv3DTranspose.__init__).parameters
+    taken = [name for name, parameter in signature.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    assert taken == ["self", "in_features", *(name for name in fields if name != "name"), "name"]
+    assert {name: signature[name].default for name in fields if name not in ("filters", "kernel_size", "name")} == {
+        name: default for name, default in fields.items() if name not in ("filters", "kernel_size", "name")
+    }
+    assert c3t.nnx.Convolution3DTranspose is c3t.nnx.Conv3DTranspose
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {}, UP, {"groups": 3, "filters": 6, "strides": (1, 2, 3), "padding": ((0, 1), (1, 0), (0, 2))},
+        {"data_format": "channels_first", "dilation_rate": 2}, {"use_bias": False, "padding": "circular", "strides": 2},
+        {"dtype": "bfloat16", "output_padding": 1, "strides": 2}, {"param_dtype": "bfloat16"}, {"trainable": False},
+        {"strides": 2, "implementation": "phases", "precision": "highest"}, {"dtype": "mixed_float16", "strides": 3},
+        {"weights": [np.full((3, 3, 3, 4, 3), 0.5), np.ones(4)], "input_shape": (3, 4, 2, 3)},
+        {"kernel_initializer": "icnr", "strides": 2, "bias_initializer": "ones", "activation": {"class_name": "softmax", "config": {}}},
+    ],
+    ids=label,
+)  # fmt: skip
+def test_the_same_parameters_give_the_same_bits(arguments) -> None:
+    arguments = {"filters": 4, "kernel_size": 3, **arguments}
+    x = np.moveaxis(X, -1, 1) if arguments.get("data_format") == "channels_first" else X
+    layer = c3t.nnx.Conv3DTranspose(3, **arguments, rngs=nnx.Rngs(0))
+    linen = c3t.Conv3DTranspose(**arguments)
+    params = params_of(layer)
+    want = linen.init(jax.random.key(0), x)["params"]
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), want
+    )
+    for sizes in (
+        (),
+        ((7, 10, 5),)
+        if arguments.get("strides") == 2 and "output_padding" not in arguments and "padding" not in arguments and x is X
+        else (),
+    ):
+        np.testing.assert_array_equal(layer(x, *sizes), linen.apply({"params": params}, x, *sizes))
+
+    def square(y):
+        return jnp.square(y.astype(jnp.float32)).sum()
+
+    gradients = nnx.grad(lambda layer: square(layer(x)))(layer)
+    wanted = jax.grad(lambda params: square(linen.apply({"params": params}, x)))(params)
+    for name, gradient in wanted.items():
+        np.testing.assert_array_equal(gradients[name][...], gradient)
+    assert layer.compute_output_shape((None, *x.shape[1:])) == linen.compute_output_shape((None, *x.shape[1:]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"in_features": 0}, ValueError, "`in_features=0`"), ({"in_features": 2.0}, TypeError, "`in_features=2.0`"),
+        ({"groups": 2}, ValueError, "3 channels, which `groups=2` does not divide"),
+        ({"strides": 2, "dilation_rate": 2}, ValueError, "dilation_rate"), ({"padding": "causal"}, ValueError, "causal"),
+        ({"kernel_initializer": lambda key, shape, dtype: jnp.zeros(3)}, ValueError, "`kernel_initializer` returned shape"),
+        ({"filters": True}, TypeError, "`filters=True`"), ({"colour": 1}, TypeError, "colour"),
+    ],
+    ids=label,
+)  # fmt: skip
+def test_what_is_refused_on_construction(arguments, kind, message) -> None:
+    with pytest.raises(kind, match=message):
+        c3t.nnx.Conv3DTranspose(**{"in_features": 3, "filters": 4, "kernel_size": 3, **arguments}, rngs=nnx.Rngs(0))
+
+
+def test_what_is_refused_in_use() -> None:
+    with pytest.raises(ValueError, match="the inputs have 2 channels, but the kernel of shape"):
+        make()(X[..., :2])
+    with pytest.raises(ValueError, match="was made for `input_shape"):
+        make(input_shape=(3, 4, 3, 3))(X)
+    with pytest.raises(TypeError, match="an NNX model alone"):
+        c3t.find_layers(make(), X)
+    with pytest.raises(TypeError, match="an NNX model holds its layers"):
+        c3t.regularization_loss(make(), make())
+
+
+def test_the_streams_of_rngs_are_drawn_from_as_flax_does() -> None:
+    layer, peer = make(4, (2, 2, 2), bias_initializer="normal"), nnx.Rngs(0)
+    kernel, bias = peer.params(), peer.params()
+    linen = c3t.Conv3DTranspose(4, 2)
+    np.testing.assert_array_equal(
+        layer.kernel[...], jax.nn.initializers.glorot_uniform()(kernel, (2, 2, 2, 4, 3), jnp.float32)
+    )
+    assert not np.array_equal(layer.bias[...], make(4, 2, bias_initializer="normal", rngs=nnx.Rngs(1)).bias[...])
+    np.testing.assert_array_equal(make(4, 2, rngs=nnx.Rngs(0).params).kernel[...], layer.kernel[...])
+    assert bias is not None
+    assert linen.init(jax.random.key(0), X)["params"]["kernel"].shape == layer.kernel.shape
+
+
+class Autoencoder(nnx.Module):
+    """Layers in a list, one twice, one alone; with everything that leaves a loss or a constraint."""
+
+    def __init__(self, rngs) -> None:
+        shared = c3t.nnx.Conv3DTranspose(3, 3, 1, activity_regularizer="l2", kernel_regularizer="l1", rngs=rngs)
+        self.ups = nnx.List([shared, nnx.Conv(3, 3, (1, 1, 1), rngs=rngs), shared])
+        self.head = c3t.nnx.Conv3DTranspose(
+            3, 1, 2, 2, bias_regularizer="l2", bias_initializer="ones", kernel_constraint="non_neg", rngs=rngs
+        )
+        self.fixed = c3t.nnx.Conv3DTranspose(1, 1, 1, trainable=False, kernel_regularizer="l2", rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.ups:
+            x = layer(x)
+        return self.fixed(self.head(x))
+
+
+def test_layers_are_found_by_their_paths() -> None:
+    model = Autoencoder(nnx.Rngs(0))
+    layers = c3t.find_layers(model)
+    assert set(layers) == {("ups", 0), ("head",), ("fixed",)}
+    assert layers["head",] is model.head
+    assert {path[:-1] for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))} == {*layers, ("ups", 1)}
+    assert c3t.find_layers(model.head) == {(): model.head}
+
+
+def test_losses_are_of_a_type_of_their_own_and_add_up() -> None:
+    model = Autoencoder(nnx.Rngs(0))
+    shared = model.ups[0]
+    weights = 0.01 * (jnp.abs(shared.kernel[...]).sum() + 1)
+    assert [path for path, _ in nnx.to_flat_state(nnx.state(model, RegularizationLoss))] == [
+        ("ups", 0, "activity_loss")
+    ]
+    np.testing.assert_allclose(c3t.regularization_loss(model), weights, rtol=1e-6)
+
+    first = shared(X)
+    latest = 0.01 * jnp.square(shared(model.ups[1](first))).sum() / 2
+    once = 0.01 * jnp.square(first).sum() / 2
+    structure = jax.tree.structure(nnx.state(model))
+    _, losses = nnx.capture(model, RegularizationLoss)(X)
+    np.testing.assert_allclose(c3t.regularization_loss(model), weights + latest, rtol=1e-5)
+    np.testing.assert_allclose(c3t.regularization_loss(model, losses=losses), weights + latest + once, rtol=1e-5)
+    assert jax.tree.structure(nnx.state(model)) == structure
+
+
+def test_losses_reach_the_gradient_under_jit() -> None:
+    layer = make(4, 2, 2, activity_regularizer="l2", kernel_regularizer="l1")
+    linen = c3t.Conv3DTranspose(4, 2, 2, activity_regularizer="l2", kernel_regularizer="l1")
+
+    @nnx.jit
+    def gradient(layer):
+        def loss(layer):
+            return layer(X).mean() + c3t.regularization_loss(layer)
+
+        return nnx.value_and_grad(loss)(layer)
+
+    def linen_loss(params):
+        y, state = linen.apply({"params": params}, X, mutable=["losses"])
+        return y.mean() + c3t.regularization_loss({"params": params, **state}, linen)
+
+    value, gradients = gradient(layer)
+    want, wanted = jax.value_and_grad(linen_loss)(params_of(layer))
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    np.testing.assert_allclose(gradients["kernel"][...], wanted["kernel"], rtol=1e-5, atol=1e-7)
+    assert layer.activity_loss[...] > 0  # what was left in the transformation came out of it
+
+
+def test_a_loss_that_was_left_elsewhere_is_an_error() -> None:
+    layer = make(4, 2, activity_regularizer="l2")
+
+    def closure(x):
+        return layer(x).mean() + c3t.regularization_loss(layer)
+
+    with pytest.raises(ValueError, match="left outside of the transformation"):
+        jax.jit(closure)(X)
+    assert jax.jit(lambda x: layer(x))(X).shape == (2, 4, 5, 3, 4)
+
+
+def test_an_optimizer_constrains_as_keras_does() -> None:
+    """Three steps of SGD against `train_on_batch`."""
+    arguments = {"kernel_regularizer": "l2", "activity_regularizer": "l1", "kernel_constraint": "max_norm", **UP}
+    theirs = keras.Sequential([keras.layers.Conv3DTranspose(4, 3, bias_constraint="non_neg", **arguments)])
+    theirs.build(X.shape)
+    theirs.compile(keras.optimizers.SGD(0.5, 0.9), "mse")
+    weights = [np.asarray(weight.value) for weight in theirs.weights]
+    layer = make(4, 3, bias_constraint="non_neg", weights=weights, **arguments)
+    target = np.random.default_rng(1).normal(size=(2, 6, 8, 4, 4)).astype(np.float32)
+    optimizer = nnx.Optimizer(layer, c3t.constrain(optax.sgd(0.5, 0.9), layer), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(layer, optimizer):
+        gradients = nnx.grad(lambda layer: ((layer(X) - target) ** 2).mean() + c3t.regularization_loss(layer))(layer)
+        optimizer.update(layer, gradients)
+
+    for _ in range(3):
+        theirs.train_on_batch(X, target)
+        step(layer, optimizer)
+    for ours, their in zip((layer.kernel[...], layer.bias[...]), theirs.weights, strict=True):
+        np.testing.assert_allclose(ours, np.asarray(their.value), rtol=1e-5, atol=1e-6)
+
+
+def test_a_whole_model_is_constrained() -> None:
+    model = Autoencoder(nnx.Rngs(0))
+    for layers in (model, c3t.find_layers(model), {"head": model.head, "ups/0": model.ups[0], "fixed": model.fixed}):
+        fixed = model.fixed.kernel[...]
+        optimizer = nnx.Optimizer(model, c3t.constrain(optax.adamw(0.5), layers), wrt=nnx.Param)
+        optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+        assert (model.head.kernel[...] >= 0).all()
+        np.testing.assert_array_equal(model.fixed.kernel[...], fixed)
+
+
+def test_constraints_take_states_of_variables_too() -> None:
+    layer = make(4, 2, kernel_constraint="non_neg")
+    state = nnx.state(layer, nnx.Param)
+    optimizer = c3t.constrain(optax.sgd(10.0), layer)
+    updates, _ = optimizer.update(state, optimizer.init(state), state)
+    nnx.update(layer, optax.apply_updates(state, updates))
+    assert (layer.kernel[...] >= 0).all()
+    np.testing.assert_allclose(
+        c3t.regularization_loss(state, c3t.Conv3DTranspose(4, 2, kernel_regularizer="l1")),
+        0.01 * layer.kernel[...].sum(), rtol=1e-6,
+    )  # fmt: skip
+
+
+def test_split_merge_clone_eval_shape_and_jit() -> None:
+    layer = make(4, 3, **UP, activity_regularizer="l2")
+    want = layer(X)
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+    np.testing.assert_array_equal(nnx.merge(graph, params, rest)(X), want)
+    np.testing.assert_array_equal(jax.tree.map(jnp.copy, layer)(X), want)
+    np.testing.assert_array_equal(nnx.clone(layer)(X), want)
+    np.testing.assert_allclose(nnx.jit(lambda layer, x: layer(x))(layer, X), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(nnx.remat(lambda layer, x: layer(x))(layer, X), want, rtol=1e-5, atol=1e-6)
+    abstract = nnx.eval_shape(lambda: make(4, 3, **UP))
+    assert abstract.kernel.get_value() == jax.ShapeDtypeStruct((3, 3, 3, 4, 3), jnp.float32)
+    assert hash(graph) == hash(nnx.graphdef(make(4, 3, **UP, activity_regularizer="l2")))
+
+
+def test_calls_do_not_compile_again() -> None:
+    layer, traces = (
+        make(4, 2, activity_regularizer="l2", activation=jnp.tanh, weights=[np.ones((2, 2, 2, 4, 3)), np.ones(4)]),
+        [],
+    )
+
+    @nnx.jit
+    def call(layer, x):
+        traces.append(x.shape)
+        return layer(x)
+
+    for _ in range(3):
+        call(layer, X)
+    assert len(traces) == 1
+
+
+def test_an_ensemble_by_vmap_and_a_tower_by_scan() -> None:
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def ensemble(rngs):
+        return c3t.nnx.Conv3DTranspose(
+            3, 3, 3, padding="same", activity_regularizer="l2", kernel_regularizer="l1", rngs=rngs
+        )
+
+    layers = ensemble(nnx.Rngs(0))
+    one = [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(3)]
+    outputs = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(layers, X)
+    for i in range(3):
+        np.testing.assert_allclose(outputs[i], one[i](X), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        c3t.regularization_loss(layers), sum(c3t.regularization_loss(layer) for layer in one), rtol=1e-5
+    )
+    shared = make(3, 3, padding="same")
+    np.testing.assert_allclose(
+        nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0))(shared, X), shared(X), rtol=1e-5, atol=1e-5
+    )
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def tower(layer, x):
+        return layer(x)
+
+    want = X
+    for layer in one:
+        want = layer(want)
+    np.testing.assert_allclose(tower(layers, X), want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(layers.activity_loss[2], one[2].activity_loss[...], rtol=1e-4)
+
+
+def test_higher_derivatives_through_the_functional_form() -> None:
+    layer = make(2, 2, 2)
+    graph, params = nnx.split(layer)
+
+    def loss(params):
+        return jnp.tanh(nnx.merge(graph, params)(X)).sum()
+
+    direction = jax.tree.map(jnp.ones_like, params)
+    product = jax.jvp(jax.grad(loss), (params,), (direction,))[1]
+    assert np.isfinite(product["kernel"][...]).all()
+    assert np.abs(product["kernel"][...]).max() > 0
+
+
+def test_config_round_trip_with_linen_and_keras() -> None:
+    layer = make(6, 2, 2, groups=3, kernel_regularizer="l2", name="up", dtype="bfloat16")
+    config = json.loads(json.dumps(layer.get_config()))
+    assert c3t.nnx.Conv3DTranspose.from_config(config, in_features=3, rngs=nnx.Rngs(1)).get_config() == config
+    assert c3t.Conv3DTranspose.from_config(config).get_config() == config
+    theirs = keras.layers.Conv3DTranspose.from_config(make(6, 2, 2, kernel_regularizer="l2").get_config())
+    theirs.build(X.shape)
+    ours = c3t.nnx.Conv3DTranspose.from_config(theirs.get_config(), in_features=3, rngs=nnx.Rngs(0))
+    nnx.update(ours, {"kernel": theirs.kernel.value, "bias": theirs.bias.value})
+    np.testing.assert_allclose(ours(X), theirs(X), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="did you mean 'strides'"):
+        c3t.nnx.Conv3DTranspose.from_config(config | {"stride": 2}, in_features=3, rngs=nnx.Rngs(0))
+
+
+def test_the_bridge_from_linen() -> None:
+    linen = c3t.Conv3DTranspose(4, 3, **UP, activity_regularizer="l2")
+    bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0)), X)
+    assert isinstance(bridged.kernel, nnx.Param)
+    params = params_of(bridged)
+    np.testing.assert_array_equal(bridged(X), linen.apply({"params": params}, X))
+    bridged(X, mutable=["losses"])
+    assert isinstance(bridged.activity_regularizer, RegularizationLoss)
+    assert c3t.regularization_loss(bridged) > 0
+
+
+def test_the_bridge_to_linen() -> None:
+    model = nnx.bridge.to_linen(c3t.nnx.Conv3DTranspose, 3, 4, 3, **UP, activity_regularizer="l2")
+    variables = model.init(jax.random.key(0), X)
+    linen = c3t.Conv3DTranspose(4, 3, **UP, activity_regularizer="l2")
+    want, state = linen.apply({"params": variables["params"]}, X, mutable=["losses"])
+    np.testing.assert_array_equal(model.apply(variables, X), want)
+    got, left = model.apply(variables, X, mutable=["losses"])
+    np.testing.assert_array_equal(got, want)
+    assert jax.tree.leaves(left["losses"]) == jax.tree.leaves(state["losses"])
+    np.testing.assert_allclose(c3t.regularization_loss(left), c3t.regularization_loss(state))
+
+
+MESH_AXES = ("data", "model")
+RULES = (("filters", "model"), ("channels", None))
+SPEC = P(None, None, None, "model", None)
+
+
+def plain(spec: P) -> P:
+    """Without the trailing axes that are not split."""
+    parts = list(spec)
+    while parts and parts[-1] is None:
+        parts.pop()
+    return P(*parts)
+
+
+def annotated(kind: str):
+    """A layer with a sharding annotation of each kind that Flax knows, and the specification that comes of it."""
+    glorot = initializers.get("kernel_initializer", "glorot_uniform")
+    if kind == "nnx.with_partitioning":
+        layer = make(8, 2, kernel_initializer=nnx.with_partitioning(glorot, tuple(SPEC)))
+    elif kind == "nnx logical":
+        layer = make(8, 2, kernel_metadata={"out_sharding": initializers.KERNEL_AXES, "sharding_rules": RULES})
+    else:
+        names = tuple(SPEC) if kind == "nn.with_partitioning" else initializers.KERNEL_AXES
+        box = nn.with_partitioning if kind == "nn.with_partitioning" else nn.with_logical_partitioning
+        linen = c3t.Conv3DTranspose(8, 2, kernel_initializer=box(glorot, names))
+        specs = nn.get_partition_spec(jax.eval_shape(linen.init, jax.random.key(0), X))
+        return linen, nn.logical_to_mesh(specs, RULES) if "logical" in kind else specs
+    return layer, nnx.get_partition_spec(nnx.state(layer))
+
+
+@pytest.mark.parametrize(
+    "kind", ["nnx.with_partitioning", "nnx logical", "nn.with_partitioning", "nn.with_logical_partitioning"]
+)
+def test_sharding_annotations_survive_into_jit(kind) -> None:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), MESH_AXES)
+    with nnx.use_eager_sharding(False):
+        layer, specs = annotated(kind)
+    if kind.startswith("nnx"):
+        assert plain(specs["kernel"].get_value()) == plain(SPEC)
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        lowered = jax.jit(lambda: nnx.state(nnx.clone(layer)), out_shardings=shardings).lower()
+    else:
+        assert plain(specs["params"]["kernel"]) == plain(SPEC)
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        lowered = jax.jit(lambda: layer.init(jax.random.key(0), X), out_shardings=shardings).lower()
+    text = lowered.as_text()
+    assert '{}, {}, {}, {"model"}, {}' in text
