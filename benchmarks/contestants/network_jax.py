@@ -37,12 +37,12 @@ def flax_layer(stride_1: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         padding: str = "valid",
         use_bias: bool = True,
         kernel_initializer: str = "glorot_uniform",
+        dtype: Any = None,
     ) -> nn.Module:
         initializer = getattr(nn.initializers, kernel_initializer)()
         layer = stride_1 if strides == 1 else nn.ConvTranspose
-        return layer(
-            filters, (kernel_size,) * 3, (strides,) * 3, padding.upper(), use_bias=use_bias, kernel_init=initializer
-        )
+        sizes = (filters, (kernel_size,) * 3, (strides,) * 3, padding.upper())
+        return layer(*sizes, use_bias=use_bias, kernel_init=initializer, dtype=dtype)
 
     return make
 

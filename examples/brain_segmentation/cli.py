@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
 
 from examples.brain_segmentation import report
-from examples.brain_segmentation.data import DataError, PatchSampler, Subject, load_files, load_mni152
-from examples.brain_segmentation.evaluate import dice, segment
-from examples.brain_segmentation.model import FACTOR, UNet
-from examples.brain_segmentation.train import Stop, Trained, train
+from examples.brain_segmentation.data import DataError, Subject, load_files, load_mni152
+from examples.brain_segmentation.evaluate import score, segment
+from examples.brain_segmentation.loop import Stop, TrainingError, train
+from examples.brain_segmentation.model import FACTOR, UPSAMPLINGS
+from examples.brain_segmentation.settings import PRECISIONS, SCHEDULES, Settings
 
 
 def positive(text: str) -> int:
@@ -27,13 +29,21 @@ def seed_value(text: str) -> int:
     return int(text)
 
 
+def norm(text: str) -> float:
+    return _above_0(text, 1e9, "norm (a number above 0)")
+
+
 def rate(text: str) -> float:
+    return _above_0(text, 10, "learning rate (a number above 0)")
+
+
+def _above_0(text: str, end: float, what: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < 10:
-        raise argparse.ArgumentTypeError(f"{text!r} is no learning rate (a number above 0)")
+    if not 0 < value < end:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {what}")
     return value
 
 
@@ -42,6 +52,16 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]
         self.exit(2, f"error: {message}\n")
+
+
+def fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to below 1")
+    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,21 +76,59 @@ def parser() -> argparse.ArgumentParser:
         help="NIfTI files of your own: an image, and integer labels on its grid, 0 for the background "
         "(default: the MNI152 brain of the nilearn package)",
     )  # fmt: skip
-    p.add_argument("--steps", type=positive, default=100, help="training steps")
-    p.add_argument("--patch", type=positive, default=32, help=f"edge of the cubic patches, a multiple of {FACTOR}")
-    p.add_argument("--batch", type=positive, default=4, help="patches per step")
-    p.add_argument("--features", type=positive, default=8, help="channels of the finest level")
-    p.add_argument("--lr", type=rate, default=6e-3, help="highest learning rate")
-    p.add_argument("--seed", type=seed_value, default=0, help="of the parameters and the patches")
-    p.add_argument("--no-comparison", action="store_true", help="skip the network with trilinear upsampling")
+    p.add_argument(
+        "--upsampling", nargs="+", choices=list(UPSAMPLINGS), default=["transposed", "trilinear"],
+        help="the networks to train, one after the other; the first one's segmentation is written",
+    )  # fmt: skip
+    p.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --out")
+    _training_arguments(p.add_argument_group("training"))
+    _keeping_arguments(p.add_argument_group("evaluation and checkpoints"))
     return p
 
 
+def _training_arguments(p: argparse._ArgumentGroup) -> None:
+    default = Settings(data="")
+    p.add_argument("--steps", type=positive, default=default.steps, help="batches to see")
+    p.add_argument(
+        "--patch", type=positive, default=default.patch, help=f"edge of the cubic patches, a multiple of {FACTOR}"
+    )
+    p.add_argument("--batch", type=positive, default=default.batch, help="patches per step")
+    p.add_argument("--accumulate", type=positive, default=default.accumulate, help="steps per update of the parameters")
+    p.add_argument("--features", type=positive, default=default.features, help="channels of the finest level")
+    p.add_argument("--lr", type=rate, default=default.learning_rate, help="highest learning rate")
+    p.add_argument("--schedule", choices=SCHEDULES, default=default.schedule, help="of the learning rate")
+    p.add_argument("--clip", type=norm, default=default.clip, help="highest norm of the gradient")
+    p.add_argument("--ema", type=fraction, default=default.ema, help="decay of the averaged parameters; 0: no average")
+    p.add_argument(
+        "--precision", choices=PRECISIONS, default=default.precision, help="of the computation; parameters are float32"
+    )
+    p.add_argument("--no-augmentation", action="store_true", help="learn from the patches as they are")
+    p.add_argument("--seed", type=seed_value, default=default.seed, help="of parameters, patches and augmentation")
+
+
+def _keeping_arguments(p: argparse._ArgumentGroup) -> None:
+    default = Settings(data="")
+    p.add_argument("--evaluate-every", type=positive, default=default.evaluate_every, help="steps")
+    p.add_argument("--checkpoint-every", type=positive, default=default.checkpoint_every, help="steps")
+    p.add_argument("--keep", type=positive, default=default.keep, help="latest checkpoints to keep, beside the best")
+
+
+def settings_of(args: argparse.Namespace, data: str, upsampling: str) -> Settings:
+    taken = {field.name for field in dataclasses.fields(Settings)} & set(vars(args)) - {"data", "upsampling"}
+    return Settings(
+        data=data, upsampling=upsampling, learning_rate=args.lr, augment=not args.no_augmentation,
+        **{name: getattr(args, name) for name in taken},
+    )  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demo; the exit status is 0, 2 for bad input, 130 after Ctrl-C."""
+    """Runs the demo; the exit status is 0, 1 where training fails, 2 for bad input, 130 after Ctrl-C."""
     args = parser().parse_args(argv)
     try:
         return run(args)
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
@@ -81,43 +139,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     if args.patch % FACTOR:
         raise DataError(f"--patch {args.patch} must be a multiple of {FACTOR}, by which the network divides it")
+    if args.accumulate > args.steps:
+        raise DataError(f"--accumulate {args.accumulate} is more than --steps {args.steps}: nothing would be learnt")
     args.out.mkdir(parents=True, exist_ok=True)
     subject = load_files(*args.data) if args.data else load_mni152()
     if subject.split.test >= subject.image.shape[1]:
         raise DataError(f"the volume {subject.image.shape} is too small to hold a part of it out")
-    sampler = PatchSampler(subject, args.patch, args.batch, args.seed)
     stop = Stop()
     with stop.listen():
-        entries = learn(args, subject, sampler, stop)
+        entries = learn(args, subject, stop)
     print(report.table(subject, entries))
-    for path in report.outputs(args.out):
+    for path in report.outputs(args.out, args.upsampling):
         print(f"wrote {path}")
     return 130 if stop.requested else 0
 
 
-def learn(args: argparse.Namespace, subject: Subject, sampler: PatchSampler, stop: Stop) -> list[report.Entry]:
-    """Trains and evaluates the network, then its rival; the network's results are on disk before the rival starts."""
+def learn(args: argparse.Namespace, subject: Subject, stop: Stop) -> list[report.Entry]:
+    """Trains and evaluates each network; the results of one are on disk before the next one starts."""
     entries: list[report.Entry] = []
-    for upsampling in ("transposed",) if args.no_comparison else ("transposed", "trilinear"):
+    for upsampling in dict.fromkeys(args.upsampling):
         if stop.requested:
             break
-        model = UNet(len(subject.names), args.features, upsampling)
-        trained = train(model, sampler, args.steps, args.lr, stop, upsampling)
-        if upsampling == "transposed":
+        folder = args.out / upsampling
+        trained = train(subject, settings_of(args, subject.fingerprint, upsampling), folder, stop, args.resume)
+        prediction = segment(trained.model, trained.params, subject.image)
+        entries.append(report.Entry(upsampling, score(subject, prediction).held_out, trained))
+        if len(entries) == 1:
+            shown = prediction
             report.save_parameters(args.out, trained.params)
-        prediction = segment(model, trained.params, subject.image)
-        entries.append(_entry(subject, upsampling, trained, prediction))
-        if upsampling == "transposed":
-            report.save_segmentation(args.out, subject, prediction)
-            report.save_figure(args.out, subject, prediction, trained.losses)
+            report.save_segmentation(args.out, subject, shown)
         report.save_table(args.out, subject, entries)
+        report.save_figure(args.out, subject, shown, [args.out / entry.upsampling for entry in entries])
     return entries
-
-
-def _entry(subject: Subject, upsampling: str, trained: Trained, prediction: object) -> report.Entry:
-    held_out = (slice(None), slice(subject.split.test, None))
-    scores = dice(prediction[held_out], subject.labels[held_out], len(subject.names))  # type: ignore[index]
-    return report.Entry(
-        upsampling, scores, len(trained.losses), trained.losses[-1] if trained.losses else float("nan"),
-        trained.seconds_per_step, trained.compile_seconds,
-    )  # fmt: skip

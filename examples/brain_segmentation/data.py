@@ -1,8 +1,9 @@
-"""The volume to learn from: the MNI152 brain, or a user's own NIfTI files; its split, and patches of it."""
+"""The volume to learn from: the MNI152 brain, or a user's own NIfTI files; and its split."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 
 import nibabel as nib
@@ -20,8 +21,9 @@ class DataError(Exception):
 class Split:
     """Slices along the anterior-posterior axis: ``[0, train)`` to learn from, ``[test, length)`` held out.
 
-    The brain is cut into a back and a front, with a gap of unused slices between them. Left against right would leak:
-    the MNI152 template is symmetric by construction, each half the mirror image of the other.
+    The brain is cut into a back and a front. The slices between them are never trained on: they keep the two apart, and
+    choose among checkpoints, so that the held-out part has no say in anything. Left against right would leak: the
+    MNI152 template is symmetric by construction, each half the mirror image of the other.
     """
 
     train: int
@@ -48,6 +50,11 @@ class Subject:
     values: tuple[int, ...]
     spacing: tuple[float, float, float]
     original: nib.Nifti1Image
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of image and labels: the identity of the data that a run learns from."""
+        return hashlib.sha256(self.image.tobytes() + self.labels.tobytes()).hexdigest()[:16]
 
     @property
     def split(self) -> Split:
@@ -131,30 +138,3 @@ def _subject(image: nib.Nifti1Image, labels: np.ndarray, names: tuple[str, ...],
         spacing=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
         original=image,
     )
-
-
-class PatchSampler:
-    """Cubic patches of the part to learn from; what a step sees is a function of (seed, step) alone."""
-
-    def __init__(self, subject: Subject, patch: int, batch: int, seed: int) -> None:
-        end = subject.split.train
-        self.image, self.labels = subject.image[:, :end], subject.labels[:, :end]
-        self.patch, self.batch, self.seed = patch, batch, seed
-        if any(size < patch for size in self.image.shape):
-            raise DataError(
-                f"--patch {patch} is larger than the part to learn from, {self.image.shape}; choose a smaller patch"
-            )
-        self.foreground = np.argwhere(self.labels > 0)
-
-    def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """``(batch, P, P, P, 1)`` images and ``(batch, P, P, P)`` labels, half of them mirrored left to right."""
-        rng = np.random.default_rng((self.seed, step))
-        images, labels = [], []
-        for centre in rng.choice(self.foreground, self.batch):
-            jitter = rng.integers(-self.patch // 4, self.patch // 4 + 1, 3)
-            start = np.clip(centre - self.patch // 2 + jitter, 0, np.array(self.image.shape) - self.patch)
-            window = tuple(slice(a, a + self.patch) for a in start)
-            flip = -1 if rng.random() < 0.5 else 1
-            images.append(self.image[window][::flip])
-            labels.append(self.labels[window][::flip])
-        return np.stack(images)[..., None], np.stack(labels)

@@ -1,9 +1,10 @@
-"""The picture: three planes (image, truth, prediction) and the loss curve."""
+"""The picture: three planes (image, truth, prediction), the loss and the Dice by step."""
 
 from __future__ import annotations
 
+import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -20,8 +21,12 @@ _INK, _PAPER, _MUTED = "#f2f2f2", "#111316", "#9aa0a6"
 _COLUMNS = ("image", "truth", "prediction")
 
 
-def draw(path: pathlib.Path, subject: Subject, prediction: np.ndarray, losses: Sequence[float]) -> None:
-    """Writes the figure as PNG."""
+Curves = Mapping[str, tuple[Mapping[str, Sequence[float]], Mapping[str, Sequence[float]]]]
+_STYLES = ("-", "--", ":")
+
+
+def draw(path: pathlib.Path, subject: Subject, prediction: np.ndarray, curves: Curves) -> None:
+    """Writes the figure as PNG; ``curves`` are (losses, scores) by network, as `logs.series` reads them."""
     planes = _planes(subject, prediction)
     shapes = [panels[0].shape for _, panels, _ in planes]
     figure = Figure(figsize=(11.5, 8.2), facecolor=_PAPER)
@@ -37,9 +42,10 @@ def draw(path: pathlib.Path, subject: Subject, prediction: np.ndarray, losses: S
                 axes.set_title(_COLUMNS[column], color=_INK, fontsize=12)
             if column == 0:
                 axes.set_ylabel(name, color=_MUTED, fontsize=10)
-    side = outer[1].subgridspec(3, 1, height_ratios=[0.75, 2, 0.12], hspace=0.05)
+    side = outer[1].subgridspec(4, 1, height_ratios=[0.75, 1.3, 1.3, 0.12], hspace=0.32)
     _legend(figure.add_subplot(side[0]), subject)
-    _loss(figure.add_subplot(side[1]), losses)
+    _loss(figure.add_subplot(side[1]), curves)
+    _dice(figure.add_subplot(side[2]), subject, curves)
     figure.suptitle(
         "A 3-D U-Net with Conv3DTranspose, beyond the dashed line lies what it never saw",
         color=_INK,
@@ -128,15 +134,30 @@ def _legend(axes: Any, subject: Subject) -> None:
     axes.legend(handles=handles, loc="upper left", frameon=False, labelcolor=_INK, fontsize=10, borderaxespad=0)
 
 
-def _loss(axes: Any, losses: Sequence[float]) -> None:
-    steps = np.arange(1, len(losses) + 1)
-    axes.set_facecolor(_PAPER)
-    axes.plot(steps, losses, color=_MUTED, linewidth=0.7, alpha=0.7)
-    if len(losses) >= 10:
-        smooth = np.convolve(losses, np.ones(10) / 10, "valid")
-        axes.plot(steps[9:], smooth, color=_COLOURS[1], linewidth=2)
-    axes.set_title("training loss (cross-entropy + 1 - Dice)", color=_INK, fontsize=11, loc="left")
+def _loss(axes: Any, curves: Curves) -> None:
+    for style, (name, (table, _)) in zip(itertools.cycle(_STYLES), curves.items()):
+        steps, losses = table["step"], table["loss"]
+        width = max(1, min(10, len(losses)))
+        smooth = np.convolve(losses, np.ones(width) / width, "valid") if losses else np.zeros(0)
+        axes.plot(steps[width - 1 :], smooth, style, color=_COLOURS[1], linewidth=1.6, label=name)
+    _finish(axes, "training loss (cross-entropy + 1 - Dice)")
+    if len(curves) > 1:
+        axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
+
+
+def _dice(axes: Any, subject: Subject, curves: Curves) -> None:
+    colours: Any = _palette(len(subject.names)).colors
+    for style, (_, scores) in zip(itertools.cycle(_STYLES), curves.values()):
+        for name, colour in list(zip(subject.names, colours, strict=True))[1:9]:
+            axes.plot(scores["step"], scores[f"held out {name}"], style, color=colour, linewidth=1.6, marker=".")
+    axes.set_ylim(0, 1)
+    _finish(axes, "held-out Dice")
     axes.set_xlabel("step", color=_MUTED)
+
+
+def _finish(axes: Any, title: str) -> None:
+    axes.set_facecolor(_PAPER)
+    axes.set_title(title, color=_INK, fontsize=11, loc="left")
     axes.tick_params(colors=_MUTED, labelsize=9)
     axes.grid(color="#2a2d31", linewidth=0.6)
     for side, spine in axes.spines.items():

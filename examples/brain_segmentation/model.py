@@ -16,6 +16,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 import conv3dt_jax as c3t
 
@@ -23,7 +24,7 @@ LEVELS = 3
 FACTOR = 2**LEVELS
 """Every spatial size must be divisible by this: each level halves it."""
 
-Upsample = Callable[[int], Callable[[jax.Array], jax.Array]]
+Upsample = Callable[[int, DTypeLike], Callable[[jax.Array], jax.Array]]
 
 
 class Convolution(nn.Module):
@@ -34,64 +35,81 @@ class Convolution(nn.Module):
     """
 
     features: int
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = c3t.Conv3DTranspose(self.features, 3, padding="same", use_bias=False, kernel_initializer="he_normal")(x)
-        return nn.leaky_relu(nn.LayerNorm(epsilon=1e-5)(x), 0.1)
+        x = c3t.Conv3DTranspose(
+            self.features, 3, padding="same", use_bias=False, kernel_initializer="he_normal", dtype=self.dtype
+        )(x)
+        return nn.leaky_relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x), 0.1)
 
 
 class Downsample(nn.Module):
     """Halves each axis: space to depth, then a matrix; ``(N, D, H, W, C)`` to ``(N, D/2, H/2, W/2, features)``."""
 
     features: int
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         n, d, h, w, c = x.shape
         x = x.reshape(n, d // 2, 2, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
-        return nn.Dense(self.features)(x.reshape(n, d // 2, h // 2, w // 2, 8 * c))
+        return nn.Dense(self.features, dtype=self.dtype)(x.reshape(n, d // 2, h // 2, w // 2, 8 * c))
 
 
 class TrilinearUpsample(nn.Module):
     """What a transposed convolution replaces: mix the channels, then interpolate to twice the size."""
 
     features: int
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Dense(self.features)(x)
+        x = nn.Dense(self.features, dtype=self.dtype)(x)
         n, d, h, w, c = x.shape
         return jax.image.resize(x, (n, 2 * d, 2 * h, 2 * w, c), "trilinear")
 
 
-def transposed_upsample(features: int) -> nn.Module:
+def transposed_upsample(features: int, dtype: DTypeLike = jnp.float32) -> nn.Module:
     """Learnt upsampling to twice the size; kernel and stride of 2 leave no overlap, hence no checkerboard."""
-    return c3t.Conv3DTranspose(features, 2, strides=2)
+    return c3t.Conv3DTranspose(features, 2, strides=2, dtype=dtype)
 
 
-UPSAMPLINGS: dict[str, Upsample] = {"transposed": transposed_upsample, "trilinear": TrilinearUpsample}
+def flax_upsample(features: int, dtype: DTypeLike = jnp.float32) -> nn.Module:
+    """The same by Flax's own layer, for comparison."""
+    return nn.ConvTranspose(features, (2, 2, 2), (2, 2, 2), dtype=dtype)
+
+
+UPSAMPLINGS: dict[str, Upsample] = {
+    "transposed": transposed_upsample,
+    "trilinear": TrilinearUpsample,
+    "flax": flax_upsample,
+}
 
 
 class UNet(nn.Module):
-    """``(N, D, H, W, 1)`` image to ``(N, D, H, W, classes)`` logits; D, H, W divisible by `FACTOR`.
+    """``(N, D, H, W, 1)`` image to ``(N, D, H, W, classes)`` float32 logits; D, H, W divisible by `FACTOR`.
 
     The finest level, where voxels are many, is narrow and has one convolution on the way down and one on the way up.
+    Computes in ``dtype``; parameters and logits are float32.
     """
 
     classes: int
     features: int = 8
     upsampling: str = "transposed"
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         upsample = UPSAMPLINGS[self.upsampling]
         widths = [self.features * 2**level for level in range(LEVELS + 1)]
+        x = x.astype(self.dtype)
         skips = []
         for level, width in enumerate(widths):
-            x = Convolution(width)(Downsample(width)(x) if level else x)
+            x = Convolution(width, self.dtype)(Downsample(width, self.dtype)(x) if level else x)
             skips.append(x)
         for level in reversed(range(LEVELS)):
-            x = jnp.concatenate([upsample(widths[level])(x), skips[level]], -1)
-            x = Convolution(widths[level])(x)
-        return nn.Dense(self.classes)(x)
+            x = jnp.concatenate([upsample(widths[level], self.dtype)(x), skips[level]], -1)
+            x = Convolution(widths[level], self.dtype)(x)
+        return nn.Dense(self.classes, dtype=jnp.float32)(x)

@@ -14,36 +14,36 @@ import numpy as np
 
 from examples.brain_segmentation.data import Subject
 from examples.brain_segmentation.figure import draw
+from examples.brain_segmentation.logs import LOSSES, SCORES, series
+from examples.brain_segmentation.loop import Trained
 
 TABLE, SEGMENTATION, PARAMETERS, FIGURE = "dice.csv", "segmentation.nii.gz", "parameters.npz", "segmentation.png"
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One trained network: its held-out Dice per class and what it took."""
+    """One trained network: its held-out Dice per class, and the run that led there."""
 
     upsampling: str
     dice: Sequence[float]
-    steps: int
-    loss: float
-    seconds_per_step: float
-    compile_seconds: float
+    run: Trained
 
 
-def outputs(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    for name in (TABLE, SEGMENTATION, FIGURE, PARAMETERS):
+def outputs(out: pathlib.Path, upsamplings: Sequence[str]) -> Iterator[pathlib.Path]:
+    """What a run has written."""
+    for name in (TABLE, SEGMENTATION, FIGURE, PARAMETERS, *upsamplings):
         if (out / name).exists():
             yield out / name
 
 
 def _header(subject: Subject) -> list[str]:
-    return ["upsampling", *subject.names[1:], "steps", "loss", "s/step", "compile s"]
+    return ["upsampling", *subject.names[1:], "steps", "best", "loss", "s/step", "compile s"]
 
 
 def _row(entry: Entry) -> list[str]:
-    scores = [f"{score:.3f}" for score in entry.dice[1:]]
-    numbers = [f"{entry.loss:.3f}", f"{entry.seconds_per_step:.3f}", f"{entry.compile_seconds:.1f}"]
-    return [entry.upsampling, *scores, str(entry.steps), *numbers]
+    run, scores = entry.run, [f"{score:.3f}" for score in entry.dice[1:]]
+    numbers = [f"{run.loss:.3f}", f"{run.seconds_per_step:.3f}", f"{run.compile_seconds:.1f}"]
+    return [entry.upsampling, *scores, str(run.steps), str(run.best), *numbers]
 
 
 def table(subject: Subject, entries: Sequence[Entry]) -> str:
@@ -74,5 +74,6 @@ def save_segmentation(out: pathlib.Path, subject: Subject, prediction: np.ndarra
     nib.save(subject.to_file_grid(prediction), out / SEGMENTATION)
 
 
-def save_figure(out: pathlib.Path, subject: Subject, prediction: np.ndarray, losses: Sequence[float]) -> None:
-    draw(out / FIGURE, subject, prediction, losses)
+def save_figure(out: pathlib.Path, subject: Subject, prediction: np.ndarray, runs: Sequence[pathlib.Path]) -> None:
+    """The first network's picture, with the curves of all."""
+    draw(out / FIGURE, subject, prediction, {run.name: (series(run / LOSSES), series(run / SCORES)) for run in runs})

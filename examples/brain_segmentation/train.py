@@ -1,56 +1,50 @@
-"""Loss, step and loop."""
+"""The training state and its step: loss, mixed precision, clipping, schedule, accumulation, moving average."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import signal
-import sys
-import time
-from collections.abc import Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from tqdm import tqdm
+from flax.training.dynamic_scale import DynamicScale
 
-from examples.brain_segmentation.data import PatchSampler
 from examples.brain_segmentation.model import UNet
+from examples.brain_segmentation.patches import augment
+from examples.brain_segmentation.settings import Settings
 
 Params = Any
+WEIGHT_DECAY = 1e-4
 
 
-class Stop:
-    """Whether Ctrl-C was pressed. The first press asks for a clean stop, the second interrupts at once."""
+@flax.struct.dataclass
+class State:
+    """All that a run goes on from.
 
-    def __init__(self) -> None:
-        self.requested = False
+    Attributes:
+      step: batches seen.
+      params: float32, whatever the precision of the computation.
+      average: the exponential moving average of the parameters, which is what is evaluated.
+      optimizer: the state of the optimizer, half-accumulated gradients included.
+      scale: the loss scale, in float16; None in other precisions, which have the range of float32.
+    """
 
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        print("\nstopping after this step and keeping what was learnt; Ctrl-C again quits at once", file=sys.stderr)
-
-    @contextlib.contextmanager
-    def listen(self) -> Iterator[None]:
-        before = signal.signal(signal.SIGINT, self._handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """The outcome of a training run: ``losses`` has one entry per step done."""
-
+    step: jax.Array
     params: Params
-    losses: list[float]
-    seconds_per_step: float
-    compile_seconds: float
+    average: Params
+    optimizer: optax.OptState
+    scale: DynamicScale | None
+
+
+@flax.struct.dataclass
+class Metrics:
+    """What a step tells: float32 scalars. Where float16 overflows, and the step is skipped, the norm is not finite."""
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+    learning_rate: jax.Array
 
 
 def loss_function(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -63,36 +57,79 @@ def loss_function(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return entropy + 1 - ((2 * overlap + 1) / (total + 1))[1:].mean()
 
 
-def train(model: UNet, sampler: PatchSampler, steps: int, learning_rate: float, stop: Stop, name: str) -> Trained:
-    """Trains with AdamW, a short warm-up and cosine decay, until ``steps`` are done or ``stop`` is requested."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 10), steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=1e-4))
+def learning_rate(settings: Settings) -> optax.Schedule:
+    """A warm-up over a tenth of the updates, then the schedule."""
+    updates = max(1, settings.steps // settings.accumulate)
+    warmup, peak = max(1, updates // 10), settings.learning_rate
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, max(1, updates - warmup)),
+        "linear": optax.linear_schedule(peak, 0.0, max(1, updates - warmup)),
+        "constant": optax.constant_schedule(peak),
+    }[settings.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
-    @jax.jit
-    def step(
-        params: Params, state: optax.OptState, image: jax.Array, labels: jax.Array
-    ) -> tuple[Params, Any, jax.Array]:
-        loss, gradient = jax.value_and_grad(
-            lambda p: loss_function(jnp.asarray(model.apply({"params": p}, image)), labels)
-        )(params)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, loss
 
-    image, labels = sampler(0)
-    key = jax.random.key(sampler.seed, impl="rbg")  # compiles in a fraction of the default generator's time
-    params = jax.jit(model.init)(key, image)["params"]
-    state = optimizer.init(params)
-    started = time.perf_counter()
-    compiled = step.lower(params, state, image, labels).compile()
-    compile_seconds = time.perf_counter() - started
-    losses: list[float] = []
-    started = time.perf_counter()
-    with tqdm(range(steps), desc=name, unit="step", dynamic_ncols=True) as progress:
-        for i in progress:
-            if stop.requested:
-                break
-            params, state, loss = compiled(params, state, *sampler(i))
-            losses.append(float(loss))
-            progress.set_postfix(loss=f"{sum(losses[-10:]) / len(losses[-10:]):.3f}")
-    elapsed = time.perf_counter() - started
-    return Trained(params, losses, elapsed / max(1, len(losses)), compile_seconds)
+def make_optimizer(settings: Settings) -> optax.MultiSteps:
+    """AdamW behind a clipped gradient, the mean of ``accumulate`` batches."""
+    adam = optax.adamw(learning_rate(settings), weight_decay=WEIGHT_DECAY)
+    return optax.MultiSteps(optax.chain(optax.clip_by_global_norm(settings.clip), adam), settings.accumulate)
+
+
+def make_model(classes: int, settings: Settings) -> UNet:
+    return UNet(classes, settings.features, settings.upsampling, jnp.dtype(settings.precision))
+
+
+def random_key(settings: Settings) -> jax.Array:
+    return jax.random.key(settings.seed, impl="rbg")  # compiles in a fraction of the default generator's time
+
+
+def initial_state(model: UNet, settings: Settings) -> State:
+    image = jax.ShapeDtypeStruct((1, *(settings.patch,) * 3, 1), jnp.float32)
+    init = jax.jit(lambda key: model.init(key, jnp.zeros(image.shape, image.dtype))["params"])
+    params = init(random_key(settings))
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        average=params,
+        optimizer=make_optimizer(settings).init(params),
+        scale=DynamicScale() if settings.precision == "float16" else None,
+    )
+
+
+def make_step(model: UNet, settings: Settings) -> Callable[[State, jax.Array, jax.Array], tuple[State, Metrics]]:
+    """The function ``(state, images, labels) -> (state, metrics)``, pure; to be compiled by the caller."""
+    optimizer, schedule = make_optimizer(settings), learning_rate(settings)
+
+    def step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, Metrics]:
+        if settings.augment:
+            images, labels = augment(jax.random.fold_in(random_key(settings), state.step), images, labels)
+
+        def loss_of(params: Params) -> jax.Array:
+            return loss_function(jnp.asarray(model.apply({"params": params}, images)), labels)
+
+        if state.scale is None:
+            loss, gradient = jax.value_and_grad(loss_of)(state.params)
+            scale, kept = None, jnp.bool_(True)
+        else:
+            scale, kept, loss, gradient = state.scale.value_and_grad(loss_of)(state.params)
+        metrics = Metrics(loss, optax.tree.norm(gradient), schedule(state.optimizer.gradient_step))
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = moving_average(settings, state.average, params, optimizer_state)
+        # An overflow of float16 leaves everything as it was but the scale.
+        params, average, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(kept, new, old),
+            (params, average, optimizer_state),
+            (state.params, state.average, state.optimizer),
+        )
+        return State(state.step + 1, params, average, optimizer_state, scale), metrics
+
+    return step
+
+
+def moving_average(settings: Settings, average: Params, params: Params, state: optax.MultiStepsState) -> Params:
+    """After each update, ``decay * average + (1 - decay) * params``; the decay grows from 2/11 to ``ema``."""
+    count = state.gradient_step.astype(jnp.float32)
+    decay = jnp.minimum(settings.ema, (1 + count) / (10 + count))
+    weight = jnp.where(state.mini_step == 0, 1 - decay, 0.0)  # accumulating, nothing moves
+    return optax.incremental_update(params, average, weight)

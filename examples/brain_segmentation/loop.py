@@ -1,0 +1,184 @@
+"""The training loop: it logs, evaluates, keeps checkpoints, stops when asked, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+import jax
+from tqdm import tqdm
+
+from examples.brain_segmentation.checkpoints import Checkpoints
+from examples.brain_segmentation.data import Subject
+from examples.brain_segmentation.evaluate import evaluate
+from examples.brain_segmentation.logs import Logs
+from examples.brain_segmentation.model import UNet
+from examples.brain_segmentation.patches import PatchSampler
+from examples.brain_segmentation.settings import FILE, Settings
+from examples.brain_segmentation.train import Metrics, Params, State, initial_state, make_model, make_step
+
+
+class TrainingError(Exception):
+    """The training cannot go on; the message is one line."""
+
+
+class Stop:
+    """Whether Ctrl-C was pressed, or the process told to end. The second signal interrupts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step and keeping what was learnt; Ctrl-C again quits at once", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The outcome of a run: the averaged parameters of its best checkpoint, and what it took.
+
+    ``seconds_per_step`` is of the steps that this process did, NaN for none; evaluations and saves are apart.
+    """
+
+    model: UNet
+    params: Params
+    best: int
+    steps: int
+    loss: float
+    seconds_per_step: float
+    compile_seconds: float
+
+
+def train(subject: Subject, settings: Settings, folder: pathlib.Path, stop: Stop, resume: bool = False) -> Trained:
+    """Trains in a folder until ``settings.steps`` batches are seen or ``stop`` is requested.
+
+    Args:
+      subject: what is learnt.
+      settings: all that decides the outcome.
+      folder: of this run: its settings, checkpoints, logs. What an earlier run left there is moved aside, or gone on
+        from with ``resume``, from its latest checkpoint: to the bit as if it had never stopped.
+      stop: looked at between two steps.
+      resume: see ``folder``; where there is nothing to go on from, the run begins.
+
+    Raises:
+      TrainingError: a loss or gradient that is not a number, or infinite.
+      DataError: settings that a run cannot go on with.
+    """
+    resume = _prepare(folder, settings, resume)
+    model = make_model(len(subject.names), settings)
+    state = initial_state(model, settings)
+    with Checkpoints(folder, settings.keep, state) as checkpoints:
+        done = checkpoints.latest() or 0
+        state = checkpoints.restore(done) if done else state
+        if resume:
+            said = f"going on from step {done}" if done else "no checkpoint to go on from; beginning"
+            print(f"{folder}: {said}", file=sys.stderr)
+        with Logs(folder, subject.names[1:], done) as logs:
+            run = _Run(subject, settings, model, checkpoints, logs, stop)
+            state, loss = run.go_on(state, done)
+        best = checkpoints.best()
+        params = state.average if best is None else checkpoints.restore(best).average
+    per_step = statistics.median(run.seconds) if run.seconds else math.nan
+    return Trained(model, params, best or 0, int(state.step), loss, per_step, run.compile_seconds)
+
+
+def _prepare(folder: pathlib.Path, settings: Settings, resume: bool) -> bool:
+    """The folder as the run needs it; whether there is a run to go on from."""
+    going_on = resume and (folder / FILE).exists()
+    if going_on:
+        for change in settings.changes(folder):
+            print(f"warning: {folder} goes on with {change}", file=sys.stderr)
+    elif folder.exists():
+        aside = folder.with_name(f"{folder.name}.earlier")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        print(f"the earlier run in {folder} is now {aside}", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings.save(folder)
+    return going_on
+
+
+@dataclasses.dataclass
+class _Run:
+    """What the steps of a run share."""
+
+    subject: Subject
+    settings: Settings
+    model: UNet
+    checkpoints: Checkpoints
+    logs: Logs
+    stop: Stop
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    compile_seconds: float = 0.0
+
+    def go_on(self, state: State, done: int) -> tuple[State, float]:
+        """Steps from ``done`` on; the state after them and the last loss."""
+        settings, loss = self.settings, math.nan
+        sampler = PatchSampler(self.subject, settings.patch, settings.batch, settings.seed)
+        started = time.perf_counter()
+        step = jax.jit(make_step(self.model, settings)).lower(state, *sampler(done)).compile()
+        self.compile_seconds = time.perf_counter() - started
+        with tqdm(
+            desc=settings.upsampling, total=settings.steps, initial=done, unit="step", dynamic_ncols=True
+        ) as progress:
+            while done < settings.steps and not self.stop.requested:
+                started = time.perf_counter()
+                new, metrics = step(state, *sampler(done))
+                loss = float(metrics.loss)
+                self.seconds.append(time.perf_counter() - started)
+                self._check(metrics, done, sampler)
+                state, done = new, done + 1
+                self._write(state, metrics, done)
+                progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                progress.update()
+        return state, loss
+
+    def _check(self, metrics: Metrics, index: int, sampler: PatchSampler) -> None:
+        """A loss that is no number ends the run before it is in anything that is kept.
+
+        In float16 a gradient may overflow: the step is skipped, and the loss scale lowered.
+        """
+        values = {"loss": float(metrics.loss)}
+        if self.settings.precision != "float16":
+            values["gradient norm"] = float(metrics.gradient_norm)
+        for name, value in values.items():
+            if not math.isfinite(value):
+                last = self.checkpoints.latest()
+                raise TrainingError(
+                    f"step {index + 1}: the {name} is {value}, on {sampler.describe(index)}; "
+                    f"the last good checkpoint is {self.checkpoints.path(last) if last else 'none'}"
+                )
+
+    def _write(self, state: State, metrics: Metrics, done: int) -> None:
+        """Logs the step; evaluates and saves where it is time to."""
+        settings, finished = self.settings, done == self.settings.steps
+        self.logs.step(
+            done, float(metrics.loss), float(metrics.gradient_norm), float(metrics.learning_rate), self.seconds[-1]
+        )
+        scores = None
+        if done % settings.evaluate_every == 0 or finished:
+            scores = evaluate(self.model, state.average, self.subject)
+            self.logs.evaluation(done, scores.validation[1:], scores.held_out[1:])
+        if scores or done % settings.checkpoint_every == 0 or self.stop.requested:
+            self.logs.sync()  # the tables reach as far as the checkpoint does
+            self.checkpoints.save(done, state, None if scores is None else scores.choice)
