@@ -14,13 +14,17 @@ export KERAS_HOME := $(CURDIR)/$(VENV)/cache/keras
 export PRE_COMMIT_HOME := $(CURDIR)/$(VENV)/cache/pre-commit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types bench bench-check fixtures clean
+.PHONY: help demo demo-full test lint format types bench bench-check fixtures clean
 
 help:  ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.examples  ## train a 3-D U-Net on a real MRI (under 4 minutes); results in out/
 	$(BIN)/python -m examples.brain_segmentation --out out $(ARGS)
+
+demo-full: $(VENV)/.examples  ## the same with a larger budget, beside trilinear and Flax's upsampling (about 20 minutes)
+	$(BIN)/python -m examples.brain_segmentation --out out/full --steps 800 --features 12 \
+		--upsampling transposed trilinear flax $(ARGS)
 
 test: $(VENV)/.test  ## run the tests
 	@mkdir -p $(VENV)/cache

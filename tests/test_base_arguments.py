@@ -14,7 +14,7 @@ import pytest
 import conv3dt_jax as c3t
 from tests.helpers import label
 
-pytestmark = pytest.mark.lenient
+pytestmark = [pytest.mark.lenient, pytest.mark.usefixtures("quick_compiles")]
 
 RNG = np.random.default_rng(1)
 X = np.random.default_rng(0).normal(size=(2, 3, 4, 2, 3)).astype(np.float32)

@@ -17,7 +17,7 @@ import conv3dt_jax as c3t
 from conv3dt_jax import constraints, initializers, regularizers
 from tests.helpers import label
 
-pytestmark = pytest.mark.lenient
+pytestmark = [pytest.mark.lenient, pytest.mark.usefixtures("quick_compiles")]
 
 X = np.random.default_rng(0).normal(size=(2, 3, 4, 2, 3)).astype(np.float32)
 RNG = np.random.default_rng(1)

@@ -14,7 +14,7 @@ from flax import nnx
 import conv3dt_jax as c3t
 from conv3dt_jax import interop
 
-pytestmark = pytest.mark.lenient
+pytestmark = [pytest.mark.lenient, pytest.mark.usefixtures("quick_compiles")]
 
 X = np.random.default_rng(0).normal(size=(2, 4, 3, 8, 4))
 PADDINGS = ["SAME", "VALID", "CIRCULAR", 1, ((0, 1), (1, 2), (2, 0))]

@@ -11,6 +11,7 @@ from conv3dt_jax import interop
 from tests.keras_models import KINDS, LAYERS, X, assert_equal, model, save, values
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_compiles"),
     pytest.mark.lenient,
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Keras's own, in save
 ]

@@ -17,6 +17,7 @@ from tests.helpers import label
 from tests.keras_models import KINDS, X, assert_equal, values
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_compiles"),
     pytest.mark.lenient,
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Keras's own, in save
 ]

@@ -11,6 +11,7 @@ from conv3dt_jax import interop
 from tests.fixtures import unets
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_compiles"),
     pytest.mark.lenient,
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Keras's own, in save
 ]

@@ -12,7 +12,7 @@ import pytest
 import conv3dt_jax as c3t
 from conv3dt_jax import _activations, _initializers
 
-pytestmark = pytest.mark.lenient
+pytestmark = [pytest.mark.lenient, pytest.mark.usefixtures("quick_compiles")]
 
 SPACE = (3, 4, 2)
 

@@ -10,7 +10,7 @@ import pytest
 import conv3dt_jax as c3t
 from conv3dt_jax import constraints
 
-pytestmark = pytest.mark.lenient
+pytestmark = [pytest.mark.lenient, pytest.mark.usefixtures("quick_compiles")]
 
 X = np.random.default_rng(0).normal(size=(3, 2, 3, 2, 3)).astype(np.float32)
 

@@ -20,7 +20,10 @@ from conv3dt_jax import initializers
 from conv3dt_jax.nnx import RegularizationLoss
 from tests.helpers import label
 
-pytestmark = pytest.mark.lenient  # optax, Flax and Keras promote implicitly
+pytestmark = [
+    pytest.mark.lenient,
+    pytest.mark.usefixtures("quick_compiles"),
+]  # optax, Flax and Keras promote implicitly
 
 X = np.random.default_rng(0).normal(size=(2, 3, 4, 2, 3)).astype(np.float32)
 UP = {"strides": 2, "padding": "same", "activation": "tanh"}

@@ -25,13 +25,13 @@ def test_there_are_blocks_for_the_function_and_the_layer() -> None:
 
 
 def test_make_targets_that_are_named_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set()
     for name in ("README.md", "CONTRIBUTING.md"):
-        named |= set(re.findall(r"`make ([a-z]+)`", (ROOT / name).read_text()))
+        named |= set(re.findall(r"`make ([a-z-]+)`", (ROOT / name).read_text()))
         named |= {
             word
-            for line in re.findall(r"^make ([a-z ]+)", (ROOT / name).read_text(), re.MULTILINE)
+            for line in re.findall(r"^make ([a-z -]+)", (ROOT / name).read_text(), re.MULTILINE)
             for word in line.split()
         }
     assert named

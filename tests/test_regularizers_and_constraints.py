@@ -12,7 +12,7 @@ import conv3dt_jax as c3t
 from conv3dt_jax import constraints, regularizers
 from tests.helpers import label
 
-pytestmark = pytest.mark.lenient
+pytestmark = [pytest.mark.lenient, pytest.mark.usefixtures("quick_compiles")]
 
 X = np.random.default_rng(0).normal(size=(3, 2, 3, 2, 3)).astype(np.float32)
 LAYER = {"filters": 4, "kernel_size": (2, 3, 2), "strides": 2, "padding": "same"}

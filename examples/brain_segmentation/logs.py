@@ -89,4 +89,4 @@ class Logs:
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.add_scalar(name.replace(" ", "_"), value, step)

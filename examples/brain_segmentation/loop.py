@@ -20,7 +20,7 @@ from tqdm import tqdm
 from examples.brain_segmentation.checkpoints import Checkpoints
 from examples.brain_segmentation.data import Subject
 from examples.brain_segmentation.evaluate import evaluate
-from examples.brain_segmentation.logs import Logs
+from examples.brain_segmentation.logs import LOSSES, Logs, series
 from examples.brain_segmentation.model import UNet
 from examples.brain_segmentation.patches import PatchSampler
 from examples.brain_segmentation.settings import FILE, Settings
@@ -84,7 +84,7 @@ def train(subject: Subject, settings: Settings, folder: pathlib.Path, stop: Stop
       TrainingError: a loss or gradient that is not a number, or infinite.
       DataError: settings that a run cannot go on with.
     """
-    resume = _prepare(folder, settings, resume)
+    _prepare(folder, settings, resume)
     model = make_model(len(subject.names), settings)
     state = initial_state(model, settings)
     with Checkpoints(folder, settings.keep, state) as checkpoints:
@@ -95,17 +95,20 @@ def train(subject: Subject, settings: Settings, folder: pathlib.Path, stop: Stop
             print(f"{folder}: {said}", file=sys.stderr)
         with Logs(folder, subject.names[1:], done) as logs:
             run = _Run(subject, settings, model, checkpoints, logs, stop)
-            state, loss = run.go_on(state, done)
+            if done < settings.steps:
+                state = run.go_on(state, done)
         best = checkpoints.best()
         params = state.average if best is None else checkpoints.restore(best).average
+    losses = series(folder / LOSSES)["loss"]
     per_step = statistics.median(run.seconds) if run.seconds else math.nan
-    return Trained(model, params, best or 0, int(state.step), loss, per_step, run.compile_seconds)
+    return Trained(
+        model, params, best or 0, int(state.step), losses[-1] if losses else math.nan, per_step, run.compile_seconds
+    )
 
 
-def _prepare(folder: pathlib.Path, settings: Settings, resume: bool) -> bool:
-    """The folder as the run needs it; whether there is a run to go on from."""
-    going_on = resume and (folder / FILE).exists()
-    if going_on:
+def _prepare(folder: pathlib.Path, settings: Settings, resume: bool) -> None:
+    """The folder as the run needs it: with what there is to go on from, or new."""
+    if resume and (folder / FILE).exists():
         for change in settings.changes(folder):
             print(f"warning: {folder} goes on with {change}", file=sys.stderr)
     elif folder.exists():
@@ -115,7 +118,6 @@ def _prepare(folder: pathlib.Path, settings: Settings, resume: bool) -> bool:
         print(f"the earlier run in {folder} is now {aside}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     settings.save(folder)
-    return going_on
 
 
 @dataclasses.dataclass
@@ -131,9 +133,9 @@ class _Run:
     seconds: list[float] = dataclasses.field(default_factory=list)
     compile_seconds: float = 0.0
 
-    def go_on(self, state: State, done: int) -> tuple[State, float]:
-        """Steps from ``done`` on; the state after them and the last loss."""
-        settings, loss = self.settings, math.nan
+    def go_on(self, state: State, done: int) -> State:
+        """Steps from ``done`` on; the state after them, which is saved."""
+        settings, saved = self.settings, True
         sampler = PatchSampler(self.subject, settings.patch, settings.batch, settings.seed)
         started = time.perf_counter()
         step = jax.jit(make_step(self.model, settings)).lower(state, *sampler(done)).compile()
@@ -146,39 +148,48 @@ class _Run:
                 new, metrics = step(state, *sampler(done))
                 loss = float(metrics.loss)
                 self.seconds.append(time.perf_counter() - started)
-                self._check(metrics, done, sampler)
+                self._check(new, metrics, done, sampler)
                 state, done = new, done + 1
-                self._write(state, metrics, done)
+                saved = self._write(state, metrics, done)
                 progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 progress.update()
-        return state, loss
+        if not saved:  # stopped
+            self._save(state, done, None)
+        return state
 
-    def _check(self, metrics: Metrics, index: int, sampler: PatchSampler) -> None:
+    def _check(self, state: State, metrics: Metrics, index: int, sampler: PatchSampler) -> None:
         """A loss that is no number ends the run before it is in anything that is kept.
 
-        In float16 a gradient may overflow: the step is skipped, and the loss scale lowered.
+        In float16 a gradient may overflow: the step was skipped and the loss scale lowered, which must end somewhere.
         """
         values = {"loss": float(metrics.loss)}
-        if self.settings.precision != "float16":
+        if state.scale is None:
             values["gradient norm"] = float(metrics.gradient_norm)
-        for name, value in values.items():
-            if not math.isfinite(value):
-                last = self.checkpoints.latest()
-                raise TrainingError(
-                    f"step {index + 1}: the {name} is {value}, on {sampler.describe(index)}; "
-                    f"the last good checkpoint is {self.checkpoints.path(last) if last else 'none'}"
-                )
+        wrong = [f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if state.scale is not None and state.scale.scale < 1:
+            wrong.append("the gradient overflows float16 at any loss scale")
+        if wrong:
+            last = self.checkpoints.latest()
+            raise TrainingError(
+                f"step {index + 1}: {wrong[0]}, on {sampler.describe(index)}; "
+                f"the last good checkpoint is {self.checkpoints.path(last) if last else 'none'}"
+            )
 
-    def _write(self, state: State, metrics: Metrics, done: int) -> None:
-        """Logs the step; evaluates and saves where it is time to."""
-        settings, finished = self.settings, done == self.settings.steps
+    def _write(self, state: State, metrics: Metrics, done: int) -> bool:
+        """Logs the step; evaluates and saves where it is time to. Whether it was saved."""
+        settings, score = self.settings, None
         self.logs.step(
             done, float(metrics.loss), float(metrics.gradient_norm), float(metrics.learning_rate), self.seconds[-1]
         )
-        scores = None
-        if done % settings.evaluate_every == 0 or finished:
+        if done % settings.evaluate_every == 0 or done == settings.steps:
             scores = evaluate(self.model, state.average, self.subject)
             self.logs.evaluation(done, scores.validation[1:], scores.held_out[1:])
-        if scores or done % settings.checkpoint_every == 0 or self.stop.requested:
-            self.logs.sync()  # the tables reach as far as the checkpoint does
-            self.checkpoints.save(done, state, None if scores is None else scores.choice)
+            score = scores.choice
+        if score is None and done % settings.checkpoint_every != 0:
+            return False
+        self._save(state, done, score)
+        return True
+
+    def _save(self, state: State, done: int, score: float | None) -> None:
+        self.logs.sync()  # the tables reach as far as the checkpoint does
+        self.checkpoints.save(done, state, score)

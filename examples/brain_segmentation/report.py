@@ -42,7 +42,7 @@ def _header(subject: Subject) -> list[str]:
 
 def _row(entry: Entry) -> list[str]:
     run, scores = entry.run, [f"{score:.3f}" for score in entry.dice[1:]]
-    numbers = [f"{run.loss:.3f}", f"{run.seconds_per_step:.3f}", f"{run.compile_seconds:.1f}"]
+    numbers = [f"{run.loss:.3f}", f"{run.seconds_per_step:.3f}", f"{run.compile_seconds:.1f}"]  # nan, 0: not this time
     return [entry.upsampling, *scores, str(run.steps), str(run.best), *numbers]
 
 

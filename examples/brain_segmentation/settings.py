@@ -48,8 +48,8 @@ class Settings:
     def changes(self, folder: pathlib.Path) -> list[str]:
         """How a run in a folder was set otherwise, in words; `DataError` where it cannot go on with these settings."""
         try:
-            before = json.loads((folder / FILE).read_text())
-        except (OSError, ValueError) as error:
+            before = dict(json.loads((folder / FILE).read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{folder / FILE} cannot be read; without it the run cannot go on") from error
         now = dataclasses.asdict(self)
         changed = {name: before.get(name) for name in now if before.get(name) != now[name]}

@@ -84,15 +84,15 @@ def random_key(settings: Settings) -> jax.Array:
 
 
 def initial_state(model: UNet, settings: Settings) -> State:
-    image = jax.ShapeDtypeStruct((1, *(settings.patch,) * 3, 1), jnp.float32)
-    init = jax.jit(lambda key: model.init(key, jnp.zeros(image.shape, image.dtype))["params"])
-    params = init(random_key(settings))
+    image = jnp.zeros((1, *(settings.patch,) * 3, 1))
+    params = jax.jit(model.init)(random_key(settings), image)["params"]
+    scale = DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(2**16))
     return State(
         step=jnp.zeros((), jnp.int32),
         params=params,
         average=params,
         optimizer=make_optimizer(settings).init(params),
-        scale=DynamicScale() if settings.precision == "float16" else None,
+        scale=scale if settings.precision == "float16" else None,
     )
 
 
