@@ -135,6 +135,8 @@ class Conv3DTranspose(nnx.Module):
         for argument, value in _layer.canonical(types.SimpleNamespace(**given)).items():
             setattr(self, argument, value)
         self.in_features = args.integer("in_features", in_features, minimum=1)
+        if not isinstance(name, str | None):
+            raise TypeError(f"{args.received('name', name)} must be a string or None.")
         self.name = name
         config = _layer.configure(self)
         make_kernel, make_bias = config.makers
@@ -209,6 +211,8 @@ def _parameter(
     metadata: Mapping[str, Any],
     rngs: nnx.Rngs | nnx.RngStream,
 ) -> nnx.Param:
+    if not isinstance(rngs, nnx.Rngs | nnx.RngStream):
+        raise TypeError(f"`rngs` must be a flax.nnx.Rngs, for instance nnx.Rngs(0), not {type(rngs).__name__}.")
     key = rngs.params() if isinstance(rngs, nnx.Rngs) else rngs()
     parameter = nnx.Param(make(key, shape, config.param_dtype), **metadata)
     _layer.check_drawn(f"{name}_initializer", parameter[...], shape)

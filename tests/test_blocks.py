@@ -34,6 +34,7 @@ def specification(case: Case) -> c3t.Conv3DTransposeSpec:
     ],
     ids=["matmul-1", "matmul-2000", "phases-1", "phases-2000", "phases-channels_first-1"],
 )
+@pytest.mark.usefixtures("quick_compiles")
 def test_blocks_of_any_size_give_the_defined_result_and_gradients(
     name, layout: dict, case: Case, tile_bytes: int, x64: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,8 @@ import conv3dt_jax as c3t
 from conv3dt_jax import initializers
 from tests.helpers import label
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEY = jax.random.key(0)
 VOLUME = np.random.default_rng(0).normal(size=(1, 5, 6, 4, 2)).astype(np.float32)
 

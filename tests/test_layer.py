@@ -15,6 +15,8 @@ import pytest
 import conv3dt_jax as c3t
 from tests import oracle
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 X = np.random.default_rng(0).normal(size=(2, 3, 4, 2, 3)).astype(np.float32)
 
 

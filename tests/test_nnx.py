@@ -3,6 +3,9 @@
 import dataclasses
 import inspect
 import json
+import os
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -95,13 +98,14 @@ def test_the_same_parameters_give_the_same_bits(arguments) -> None:
         ({"groups": 2}, ValueError, "3 channels, which `groups=2` does not divide"),
         ({"strides": 2, "dilation_rate": 2}, ValueError, "dilation_rate"), ({"padding": "causal"}, ValueError, "causal"),
         ({"kernel_initializer": lambda key, shape, dtype: jnp.zeros(3)}, ValueError, "`kernel_initializer` returned shape"),
+        ({"name": 3}, TypeError, "`name=3` must be a string"), ({"rngs": 0}, TypeError, "`rngs` must be a flax.nnx.Rngs"),
         ({"filters": True}, TypeError, "`filters=True`"), ({"colour": 1}, TypeError, "colour"),
     ],
     ids=label,
 )  # fmt: skip
 def test_what_is_refused_on_construction(arguments, kind, message) -> None:
     with pytest.raises(kind, match=message):
-        c3t.nnx.Conv3DTranspose(**{"in_features": 3, "filters": 4, "kernel_size": 3, **arguments}, rngs=nnx.Rngs(0))
+        c3t.nnx.Conv3DTranspose(**{"in_features": 3, "filters": 4, "kernel_size": 3, "rngs": nnx.Rngs(0), **arguments})
 
 
 def test_what_is_refused_in_use() -> None:
@@ -115,17 +119,16 @@ def test_what_is_refused_in_use() -> None:
         c3t.regularization_loss(make(), make())
 
 
-def test_the_streams_of_rngs_are_drawn_from_as_flax_does() -> None:
-    layer, peer = make(4, (2, 2, 2), bias_initializer="normal"), nnx.Rngs(0)
-    kernel, bias = peer.params(), peer.params()
-    linen = c3t.Conv3DTranspose(4, 2)
-    np.testing.assert_array_equal(
-        layer.kernel[...], jax.nn.initializers.glorot_uniform()(kernel, (2, 2, 2, 4, 3), jnp.float32)
+def test_initial_values_come_from_the_streams_as_in_flax() -> None:
+    keys, normal = nnx.Rngs(0), jax.nn.initializers.normal()
+    want = (
+        jax.nn.initializers.glorot_uniform()(keys.params(), (2, 2, 2, 4, 3), jnp.float32),
+        normal(keys.params(), (4,)),
     )
-    assert not np.array_equal(layer.bias[...], make(4, 2, bias_initializer="normal", rngs=nnx.Rngs(1)).bias[...])
-    np.testing.assert_array_equal(make(4, 2, rngs=nnx.Rngs(0).params).kernel[...], layer.kernel[...])
-    assert bias is not None
-    assert linen.init(jax.random.key(0), X)["params"]["kernel"].shape == layer.kernel.shape
+    for rngs in (nnx.Rngs(0), nnx.Rngs(params=0), nnx.Rngs(0).params):
+        layer = make(4, 2, bias_initializer=normal, rngs=rngs)
+        np.testing.assert_allclose(layer.bias[...], want[1], rtol=1e-6)
+        np.testing.assert_allclose(layer.kernel[...], want[0], rtol=1e-6)
 
 
 class Autoencoder(nnx.Module):
@@ -410,3 +413,40 @@ def test_sharding_annotations_survive_into_jit(kind) -> None:
         lowered = jax.jit(lambda: layer.init(jax.random.key(0), X), out_shardings=shardings).lower()
     text = lowered.as_text()
     assert '{}, {}, {}, {"model"}, {}' in text
+
+
+EIGHT_DEVICES = """
+import jax, jax.numpy as jnp, optax
+from flax import nnx
+import conv3dt_jax as c3t
+from conv3dt_jax.initializers import KERNEL_AXES
+
+mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+rules = (("filters", "model"), ("channels", None))
+with jax.set_mesh(mesh):
+    layer = c3t.nnx.Conv3DTranspose(
+        3, 8, 2, 2, kernel_metadata={"out_sharding": KERNEL_AXES, "sharding_rules": rules}, rngs=nnx.Rngs(0)
+    )
+    optimizer = nnx.Optimizer(layer, optax.adam(1e-3), wrt=nnx.Param)
+    x = jax.device_put(jnp.ones((4, 4, 4, 4, 3)), jax.NamedSharding(mesh, jax.P("data")))
+
+    @nnx.jit
+    def step(layer, optimizer, x):
+        gradients = nnx.grad(lambda layer: jnp.square(layer(x)).mean())(layer)
+        optimizer.update(layer, gradients)
+        return layer(x)
+
+    y = step(layer, optimizer, x)
+    moments = [leaf for leaf in jax.tree.leaves(optimizer.opt_state) if leaf.ndim == 5]
+    for array in (layer.kernel[...], *moments, y):
+        print(array.sharding.shard_shape(array.shape))
+"""
+
+
+def test_a_training_step_on_eight_devices_keeps_the_kernel_split() -> None:
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *kernels, output = done.stdout.splitlines()
+    assert kernels == ["(2, 2, 2, 2, 3)"] * 3  # the kernel and its two moments
+    assert output.startswith("(2, 8, 8, 8,")
