@@ -43,6 +43,8 @@ class GivenWeights(Sequence[np.ndarray]):
                 f"kernel_size={spec.kernel_size}, filters={spec.filters}, groups={spec.groups}, "
                 f"use_bias={spec.use_bias}."
             )
+        if isinstance(value, cls) and all(array.dtype == dtype for array in arrays):
+            return value
         if any(np.iscomplexobj(array) for array in arrays) and not jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(f"`weights` are complex, but `param_dtype={dtype.name}`; give a complex param_dtype.")
         with np.errstate(over="ignore"):

@@ -28,7 +28,8 @@ def find_layers(model: Any, *inputs: Any, **options: Any) -> dict[Path, Any]:
 
     Returns:
       ``{("decoder", "up_0"): Conv3DTranspose(...), ...}``; the path of a model that is a layer itself is ``()``.
-      Layers that an NNX model has taken over from Linen by `flax.nnx.bridge` are not among them.
+      Of what an NNX model has taken over from Linen by `flax.nnx.bridge`, only single layers are among them, not those
+      within a larger module; a Linen model's layers for NNX neither.
 
     Example:
       >>> import jax.numpy as jnp, flax.linen as nn, conv3dt_jax as c3t
@@ -53,12 +54,24 @@ def is_nnx(model: Any) -> bool:
     return "flax.nnx" in sys.modules and isinstance(model, sys.modules["flax.nnx"].Module)
 
 
+def is_layer(candidate: Any) -> bool:
+    """Whether something is one of our layers."""
+    if is_nnx(candidate):
+        return () in _in_nnx(candidate)
+    return isinstance(candidate, Conv3DTranspose)
+
+
 def _in_nnx(model: Any) -> dict[Path, Any]:
     from flax import nnx
 
-    from conv3dt_jax.nnx import Conv3DTranspose
+    from conv3dt_jax import nnx as ours
 
-    return {tuple(path): module for path, module in nnx.iter_modules(model) if isinstance(module, Conv3DTranspose)}
+    found: dict[Path, Any] = {}
+    for path, module in nnx.iter_modules(model):
+        layer = module.to_nnx__module if isinstance(module, nnx.bridge.ToNNX) else module
+        if isinstance(layer, ours.Conv3DTranspose | Conv3DTranspose):
+            found[tuple(path)] = layer
+    return found
 
 
 def _in_linen(model: nn.Module, inputs: Any, options: Any) -> dict[Path, Conv3DTranspose]:

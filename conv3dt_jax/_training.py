@@ -77,7 +77,7 @@ def regularization_loss(variables: Any, layers: Any = None, *, losses: Any = Non
             "regularization_loss needs the layers: pass a layer, or what find_layers(model, inputs) gives."
         )
     if losses is None:
-        losses = variables.get("losses", {}) if collections else {}
+        losses = variables.get("losses", {}) if collections else _variables_of_losses(variables)
     if params is None:
         return _total(losses)
     by_path = _by_path(layers)
@@ -85,13 +85,28 @@ def regularization_loss(variables: Any, layers: Any = None, *, losses: Any = Non
     return _total([losses, *_penalties(by_path, parameters)])
 
 
+def _variables_of_losses(state: Any) -> list[Any]:
+    """What a `flax.nnx.State` holds of activity losses."""
+    if not hasattr(state, "raw_mapping"):
+        return []
+    from flax import nnx
+
+    from conv3dt_jax.nnx import RegularizationLoss
+
+    return jax.tree.leaves(nnx.filter_state(state, RegularizationLoss))
+
+
 def _loss_of_nnx(model: Any, layers: Any, losses: Any) -> jax.Array:
+    from flax import nnx
+
     from conv3dt_jax.nnx import kept_losses
 
     if layers is not None:
         raise TypeError("`layers` are for Linen; an NNX model holds its layers.")
-    found = _models.find_layers(model)
-    parameters = {(*path, name): getattr(found[path], name) for path, name in _penalized(found)}
+    found, state = _models.find_layers(model), nnx.state(model)
+    paths = [(*path, name) for path, name in _penalized(found)]
+    # A parameter that two layers share is in the state once, and penalized once, as in Keras.
+    parameters = {path: _at(state, path) for path in paths if _has(state, path)}
     return _total([kept_losses(model) if losses is None else losses, *_penalties(found, parameters)])
 
 
@@ -137,7 +152,7 @@ def _check_shape(path: Path, config: _layer.LayerConfig, value: Any) -> None:
         raise ValueError(
             f"the parameter {_joined(path)} has shape {shape}, but the layer's is {wanted}"
             + (" with the channels last" if path[-1] == "kernel" else "")
-            + "; layers that are stacked must be so along the first axis (variable_axes={'params': 0})."
+            + "; layers that are stacked must be so along the first axis (in Linen, variable_axes={'params': 0})."
         )
 
 
@@ -159,7 +174,7 @@ def constrain(optimizer: optax.GradientTransformation, layers: Any) -> optax.Gra
       optimizer: any `optax` transformation, complete: it is the last to see the updates. Put gradient accumulation or
         masks inside of it.
       layers: a `Conv3DTranspose`, or layers by their paths among the parameters, as `find_layers` gives them; or an
-        NNX model. The optimizer is then one for `flax.nnx.Optimizer`.
+        NNX model. The optimizer is then one for `flax.nnx.Optimizer`, also where that is for a part of the parameters.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`, whose ``update`` needs the parameters, and whose state is that of
@@ -183,13 +198,17 @@ def constrain(optimizer: optax.GradientTransformation, layers: Any) -> optax.Gra
         raise TypeError(f"`optimizer` must be an optax transformation, not {type(optimizer).__name__}.")
     inner = optax.with_extra_args_support(optimizer)
     projections = _projections(_by_path(layers))
+    whole_model = _models.is_nnx(layers)  # of which the optimizer may hold a part, and shared parameters once
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("constrain needs the parameters: optimizer.update(gradients, state, params).")
         updates, state = inner.update(updates, state, params, **extra)
-        prefix = ("params",) if isinstance(params, Mapping) and "params" in params else ()
+        direct = any(_has(params, path) for path in projections)
+        prefix = ("params",) if not direct and isinstance(params, Mapping) and "params" in params else ()
         for path, projection in projections.items():
+            if whole_model and not _has(params, path):
+                continue
             parameter, step = _at(params, (*prefix, *path)), _at(updates, (*prefix, *path))
             if not isinstance(step, optax.MaskedNode) and step is not None:
                 updates = _replaced(updates, (*prefix, *path), _constrained(path, projection, parameter, step))
@@ -227,19 +246,26 @@ def _constrained(path: Path, projection: Projection, parameter: Any, step: Any) 
 
 
 def _by_path(layers: Any) -> dict[Path, Any]:
-    """The layers by path: of one layer alone, of `find_layers`, or with paths written "a/b"."""
-    if not isinstance(layers, Mapping):
-        is_model = _models.is_nnx(layers) and not hasattr(layers, "kernel_constraint")
-        layers = _models.find_layers(layers) if is_model else {(): layers}
+    """The layers by path: of one layer alone, of `find_layers`, or with paths written "a/b"; of an NNX model."""
+    if _models.is_nnx(layers):
+        return _models.find_layers(layers)
     found = {}
-    for path, layer in layers.items():
-        if not hasattr(layer, "kernel_constraint"):
+    for path, layer in (layers if isinstance(layers, Mapping) else {(): layers}).items():
+        if not _models.is_layer(layer):
             raise TypeError(
                 f"`layers` must be a Conv3DTranspose, or a dict of them by path, not {type(layer).__name__}; for a "
                 "model use find_layers(model, inputs)."
             )
         found[tuple(path.split("/")) if isinstance(path, str) else tuple(path)] = layer
     return found
+
+
+def _has(tree: Any, path: Path) -> bool:
+    try:
+        _at(tree, path)
+    except ValueError:
+        return False
+    return True
 
 
 def _at(tree: Any, path: Path) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import errors, nnx
+from flax.core import meta
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -51,7 +52,8 @@ class RegularizationLoss(nnx.Variable[jax.Array]):
     """
 
 
-nnx.register_variable_name("losses", RegularizationLoss, overwrite=True)
+with contextlib.suppress(ValueError):  # another library has given the collection "losses" a type
+    nnx.register_variable_name("losses", RegularizationLoss)
 
 
 class Conv3DTranspose(nnx.Module):
@@ -64,7 +66,8 @@ class Conv3DTranspose(nnx.Module):
       in_features: C, the number of input channels.
       name: the layer's name in configs; None for none.
       kernel_metadata: metadata of the kernel's `flax.nnx.Param`, such as
-        ``{"out_sharding": conv3dt_jax.initializers.KERNEL_AXES}``.
+        ``{"out_sharding": conv3dt_jax.initializers.KERNEL_AXES}``. Initializers may bring metadata too, by
+        `flax.nnx.with_partitioning` or the `with_partitioning` of Linen.
       bias_metadata: likewise, of the bias.
       rngs: where the initial values come from: a `flax.nnx.Rngs`, or a stream of one.
 
@@ -73,15 +76,16 @@ class Conv3DTranspose(nnx.Module):
       kernel: `flax.nnx.Param` ``(kd, kh, kw, F // G, C)``.
       bias: `flax.nnx.Param` ``(F,)``; None without ``use_bias``.
       activity_loss: `RegularizationLoss`; None without ``activity_regularizer``.
+      deterministic: False; ``model.eval()`` makes it True, and calls leave no activity loss, ``model.train()`` False.
 
     Raises:
-      ValueError: on construction, what the layer for Linen refuses; ``in_features`` below 1 or not divisible by
-        ``groups``.
+      ValueError: on construction, what the layer for Linen refuses; ``in_features`` below 1, not divisible by
+        ``groups`` or not that of ``input_shape``. On a call, an ``activity_regularizer`` in a transformation that
+        closes over the layer.
       TypeError: on construction, arguments of the wrong type.
 
-    A call changes nothing but ``activity_loss``. With an ``activity_regularizer``, `flax.nnx.vmap` and `flax.nnx.scan`
-    need to be told of it, as of any such variable (``nnx.StateAxes({RegularizationLoss: 0, ...: None})``); plain JAX
-    transformations that close over the layer drop it.
+    A call changes nothing but ``activity_loss``. Where there is one, transformations take the layer as an argument, and
+    `flax.nnx.vmap` and `flax.nnx.scan` are told of it as of any variable that changes, batch statistics for instance.
 
     Example:
       >>> import jax.numpy as jnp
@@ -138,7 +142,9 @@ class Conv3DTranspose(nnx.Module):
         if not isinstance(name, str | None):
             raise TypeError(f"{args.received('name', name)} must be a string or None.")
         self.name = name
+        self.deterministic = False
         config = _layer.configure(self)
+        _check_in_features(config, self.in_features)
         make_kernel, make_bias = config.makers
         kernel_shape = config.spec.kernel_shape(self.in_features)
         self.kernel = _parameter("kernel", make_kernel, kernel_shape, config, kernel_metadata, rngs)
@@ -147,8 +153,7 @@ class Conv3DTranspose(nnx.Module):
             self.bias = _parameter("bias", make_bias, (config.spec.filters,), config, bias_metadata, rngs)
         self.activity_loss = nnx.data(None)
         if config.activity_regularizer is not None:
-            real = jnp.finfo(config.dtype or config.param_dtype).dtype
-            self.activity_loss = RegularizationLoss(jnp.zeros((), jnp.promote_types(real, jnp.float32)))
+            self.activity_loss = _no_loss()
 
     def __call__(self, inputs: ArrayLike, output_size: Sequence[int] | None = None) -> jax.Array:
         """Applies the layer.
@@ -163,17 +168,30 @@ class Conv3DTranspose(nnx.Module):
         config = _layer.configure(self)
         inputs, _ = _layer.in_channels(config, inputs)
         bias = None if self.bias is None else self.bias[...]
+        if config.spec.use_bias != (bias is not None):
+            raise ValueError(
+                f"`use_bias={config.spec.use_bias}` was set on a layer that holds {'a' if bias is not None else 'no'} "
+                "bias; make the layer anew."
+            )
         outputs = _layer.forward(config, inputs, self.kernel[...], bias, output_size)
-        if config.activity_regularizer is not None:
+        if config.activity_regularizer is not None and not self.deterministic:
             self._keep(_layer.activity_loss(config, outputs))
         return outputs
 
     def _keep(self, loss: jax.Array) -> None:
         if hasattr(self, "__captures__"):
             self.sow(RegularizationLoss, "activity_regularizer", loss)
-        assert self.activity_loss is not None
-        with contextlib.suppress(errors.TraceContextError):  # a plain transformation closes over the layer
-            self.activity_loss.set_value(loss)
+        kept = getattr(self, "activity_loss", None)
+        try:
+            if kept is None:  # popped, or the regularizer was set later
+                self.activity_loss = kept = _no_loss()
+            kept.set_value(loss.astype(kept.get_value().dtype))
+        except errors.TraceContextError as error:
+            raise ValueError(
+                "`activity_regularizer` leaves its loss in the layer, which a transformation that closes over the "
+                "layer cannot change: pass the layer, or its model, to the transformation as an argument (nnx.jit, "
+                "nnx.remat, ...); or call model.eval() first where no loss is wanted."
+            ) from error
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         """The output's shape for inputs of ``input_shape``, None standing for what is not known, as in Keras."""
@@ -181,7 +199,7 @@ class Conv3DTranspose(nnx.Module):
 
     def get_config(self) -> dict[str, Any]:
         """The layer's arguments as a dict that JSON can hold, in Keras's form; without ``in_features``."""
-        return _config.to_config(self)
+        return _config.to_config(types.SimpleNamespace(name=self.name, **_layer.canonical(self)))
 
     @classmethod
     def from_config(
@@ -203,6 +221,18 @@ class Conv3DTranspose(nnx.Module):
         return cls(in_features, **arguments, rngs=rngs)
 
 
+def _no_loss() -> RegularizationLoss:
+    """Of a dtype that stays, as the carry of a scan must."""
+    return RegularizationLoss(jnp.zeros((), jnp.result_type(float)))
+
+
+def _check_in_features(config: _layer.LayerConfig, in_features: int) -> None:
+    for name in ("input_shape", "batch_input_shape"):
+        shape = getattr(config, name)
+        if shape is not None and config.spec.split_shape(shape)[2] not in (None, in_features):
+            raise ValueError(f"`{name}={shape}` has other channels than `in_features={in_features}`; give the same.")
+
+
 def _parameter(
     name: str,
     make: Callable[..., Any],
@@ -211,17 +241,37 @@ def _parameter(
     metadata: Mapping[str, Any],
     rngs: nnx.Rngs | nnx.RngStream,
 ) -> nnx.Param:
-    if not isinstance(rngs, nnx.Rngs | nnx.RngStream):
-        raise TypeError(f"`rngs` must be a flax.nnx.Rngs, for instance nnx.Rngs(0), not {type(rngs).__name__}.")
-    key = rngs.params() if isinstance(rngs, nnx.Rngs) else rngs()
-    parameter = nnx.Param(make(key, shape, config.param_dtype), **metadata)
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"{args.received(f'{name}_metadata', metadata)} must be a dict, of metadata for an nnx.Param.")
+    value = make(_key(rngs), shape, config.param_dtype)
+    if isinstance(value, meta.AxisMetadata):  # Linen's annotations
+        given = value.to_nnx_metadata() if hasattr(value, "to_nnx_metadata") else vars(value)
+        metadata = {**given, **metadata, "linen_meta_type": type(value)}
+        value = metadata.pop("value")
+    parameter = nnx.Param(value, **metadata)
     _layer.check_drawn(f"{name}_initializer", parameter[...], shape)
     return parameter
 
 
+def _key(rngs: nnx.Rngs | nnx.RngStream) -> jax.Array:
+    if not isinstance(rngs, nnx.Rngs | nnx.RngStream):
+        raise TypeError(f"`rngs` must be a flax.nnx.Rngs, for instance nnx.Rngs(0), not {type(rngs).__name__}.")
+    if isinstance(rngs, nnx.RngStream):
+        return rngs()
+    if not {"params", "default"} & set(rngs):
+        raise ValueError(f"`rngs` has the streams {sorted(rngs)}; parameters need one named 'params', or a default.")
+    return rngs.params()
+
+
 def kept_losses(model: nnx.Module) -> list[Any]:
-    """The losses that the latest calls of a model's layers left in it."""
-    kept = [value for _, value in nnx.iter_graph(model) if isinstance(value, RegularizationLoss)]
+    """The losses that the latest calls left in a model; none of layers whose regularizer was taken away or sleeps."""
+    idle, kept = set(), []
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, Conv3DTranspose):
+            if node.deterministic or _layer.configure(node).activity_regularizer is None:
+                idle.add(id(getattr(node, "activity_loss", None)))
+        elif isinstance(node, RegularizationLoss):
+            kept.append(node)
     try:
         for variable in kept:
             variable.set_value(variable.get_value())
@@ -230,7 +280,7 @@ def kept_losses(model: nnx.Module) -> list[Any]:
             "the model's activity losses were left outside of the transformation that asks for them; pass the model "
             "to it as an argument (flax.nnx.jit, flax.nnx.grad, or flax.nnx.merge inside), not as part of a closure."
         ) from error
-    return [variable.get_value() for variable in kept]
+    return [variable.get_value() for variable in kept if id(variable) not in idle]
 
 
 Convolution3DTranspose = Conv3DTranspose

@@ -98,6 +98,10 @@ def test_the_same_parameters_give_the_same_bits(arguments) -> None:
         ({"groups": 2}, ValueError, "3 channels, which `groups=2` does not divide"),
         ({"strides": 2, "dilation_rate": 2}, ValueError, "dilation_rate"), ({"padding": "causal"}, ValueError, "causal"),
         ({"kernel_initializer": lambda key, shape, dtype: jnp.zeros(3)}, ValueError, "`kernel_initializer` returned shape"),
+        ({"input_shape": (4, 4, 4, 8)}, ValueError, "other channels than `in_features=3`"),
+        ({"batch_input_shape": (None, 8, 4, 4, 4), "data_format": "channels_first"}, ValueError, "`batch_input_shape="),
+        ({"kernel_metadata": ("a", "b")}, TypeError, "`kernel_metadata=.*must be a dict"), ({"bias_metadata": None}, TypeError, "`bias_metadata=None`"),
+        ({"rngs": nnx.Rngs(dropout=0)}, ValueError, "`rngs` has the streams .'dropout'.; parameters need one named 'params'"),
         ({"name": 3}, TypeError, "`name=3` must be a string"), ({"rngs": 0}, TypeError, "`rngs` must be a flax.nnx.Rngs"),
         ({"filters": True}, TypeError, "`filters=True`"), ({"colour": 1}, TypeError, "colour"),
     ],
@@ -174,6 +178,8 @@ def test_losses_are_of_a_type_of_their_own_and_add_up() -> None:
     np.testing.assert_allclose(c3t.regularization_loss(model), weights + latest, rtol=1e-5)
     np.testing.assert_allclose(c3t.regularization_loss(model, losses=losses), weights + latest + once, rtol=1e-5)
     assert jax.tree.structure(nnx.state(model)) == structure
+    whole = c3t.regularization_loss(nnx.state(model), c3t.find_layers(model))
+    np.testing.assert_allclose(whole, c3t.regularization_loss(model), rtol=1e-6)
 
 
 def test_losses_reach_the_gradient_under_jit() -> None:
@@ -198,15 +204,121 @@ def test_losses_reach_the_gradient_under_jit() -> None:
     assert layer.activity_loss[...] > 0  # what was left in the transformation came out of it
 
 
-def test_a_loss_that_was_left_elsewhere_is_an_error() -> None:
+def test_no_loss_is_lost_in_a_transformation_that_closes_over_the_layer() -> None:
     layer = make(4, 2, activity_regularizer="l2")
-
-    def closure(x):
-        return layer(x).mean() + c3t.regularization_loss(layer)
-
+    for call in (jax.jit(lambda x: layer(x)), jax.checkpoint(lambda x: layer(x)), jax.vmap(layer)):
+        with pytest.raises(ValueError, match="closes over the layer cannot change: pass the layer"):
+            call(X)
+    layer(X)
     with pytest.raises(ValueError, match="left outside of the transformation"):
-        jax.jit(closure)(X)
-    assert jax.jit(lambda x: layer(x))(X).shape == (2, 4, 5, 3, 4)
+        jax.jit(lambda: c3t.regularization_loss(layer))()
+    layer.eval()
+    assert c3t.regularization_loss(layer) == 0
+    for call in (jax.jit(lambda x: layer(x)), jax.checkpoint(lambda x: layer(x)), jax.vmap(layer)):
+        assert call(X).shape == (2, 4, 5, 3, 4)
+    layer.train()
+    nnx.jit(nnx.remat(lambda layer, x: layer(x)))(layer, X)
+    assert c3t.regularization_loss(layer) == layer.activity_loss[...] > 0
+
+
+@pytest.mark.parametrize("regularizer", ["l2", lambda y: 0.1 * jnp.square(y).sum(), lambda y: 0.1])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_loss_keeps_its_dtype(regularizer, dtype) -> None:
+    layer = make(3, 3, padding="same", dtype=dtype, activity_regularizer=regularizer)
+    before = jax.typeof(layer.activity_loss.get_value())
+
+    @nnx.scan(length=3, in_axes=(nnx.Carry, None), out_axes=(nnx.Carry, 0))
+    def repeated(layer, x):
+        return layer, layer(x)
+
+    repeated(layer, X)
+    assert jax.typeof(layer.activity_loss.get_value()) == before
+    assert layer.activity_loss[...] > 0
+
+
+def test_attributes_set_after_construction() -> None:
+    layer = make(4, 3, activity_regularizer="l2")
+    config = layer.get_config()
+    layer(X)
+    assert nnx.pop(layer, RegularizationLoss)
+    layer(X)
+    assert c3t.regularization_loss(layer) > 0
+    layer.activity_regularizer = None
+    assert c3t.regularization_loss(layer) == 0
+    layer.set_attributes(dtype="bfloat16", strides=2, trainable=False)
+    assert layer(X).dtype == jnp.bfloat16
+    expected = {
+        **config,
+        "strides": [2, 2, 2],
+        "trainable": False,
+        "activity_regularizer": None,
+        "dtype": "mixed_bfloat16",
+    }
+    assert layer.get_config() == expected
+    other = make(4, 3)
+    other.set_attributes(activity_regularizer="l2")
+    other(X)
+    assert c3t.regularization_loss(other) > 0
+    for use_bias, held in ((False, "a"), (True, "no")):
+        layer = make(4, 3, use_bias=not use_bias)
+        layer.use_bias = use_bias
+        with pytest.raises(ValueError, match=f"`use_bias={use_bias}` was set on a layer that holds {held} bias"):
+            layer(X)
+    layer = make(4, 3)
+    layer.filters = 5
+    with pytest.raises(ValueError, match="the kernel has shape"):
+        layer(X)
+
+
+class Tied(nnx.Module):
+    """Two layers with one kernel, one of them under a name that Linen uses for something else."""
+
+    def __init__(self, rngs) -> None:
+        self.a = c3t.nnx.Conv3DTranspose(3, 3, 2, kernel_constraint="non_neg", kernel_regularizer="l2", rngs=rngs)
+        self.params = c3t.nnx.Conv3DTranspose(3, 3, 2, kernel_constraint="non_neg", kernel_regularizer="l2", rngs=rngs)
+        self.params.kernel = self.a.kernel
+
+    def __call__(self, x):
+        return self.params(self.a(x))
+
+
+def test_shared_parameters_are_penalized_and_constrained_once() -> None:
+    model = Tied(nnx.Rngs(0))
+    np.testing.assert_allclose(c3t.regularization_loss(model), 0.01 * jnp.square(model.a.kernel[...]).sum(), rtol=1e-6)
+    optimizer = nnx.Optimizer(model, c3t.constrain(optax.sgd(1.0), model), wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda model: model(X).sum())(model))
+    assert (model.a.kernel[...] >= 0).all()
+    assert model.params.kernel is model.a.kernel
+
+
+def test_an_optimizer_of_a_part_of_the_model() -> None:
+    model = Autoencoder(nnx.Rngs(0))
+    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+    part = nnx.All(nnx.Param, nnx.PathContains("head"))
+    for layers in (model, {"head": model.head}):
+        optimizer = nnx.Optimizer(model, c3t.constrain(optax.sgd(1.0), layers), wrt=part)
+        gradient = nnx.grad(lambda model: model(X).sum(), argnums=nnx.DiffState(0, part))(model)
+        optimizer.update(model, gradient)
+        assert (model.head.kernel[...] >= 0).all()
+    np.testing.assert_array_equal(model.ups[0].kernel[...], before["ups"][0]["kernel"][...])
+    optimizer = nnx.Optimizer(model, c3t.constrain(optax.sgd(1.0), c3t.find_layers(model)), wrt=part)
+    with pytest.raises(ValueError, match="the parameters have no 'fixed/"):
+        optimizer.update(model, gradient)
+
+
+def test_models_that_look_like_something_else() -> None:
+    class Wrapper(nnx.Module):
+        """It hands an argument on, and keeps it."""
+
+        def __init__(self) -> None:
+            self.kernel_constraint = "non_neg"
+            self.up = make(3, 2, kernel_constraint=self.kernel_constraint)
+
+    for model in (Wrapper(), nnx.Dict(wrapped=nnx.Dict(up=make(3, 2, kernel_constraint="non_neg")))):
+        optimizer = nnx.Optimizer(model, c3t.constrain(optax.sgd(9.0), model), wrt=nnx.Param)
+        optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+        (layer,) = c3t.find_layers(model).values()
+        assert (layer.kernel[...] == 0).all()
 
 
 def test_an_optimizer_constrains_as_keras_does() -> None:
@@ -350,9 +462,14 @@ def test_the_bridge_from_linen() -> None:
     assert isinstance(bridged.kernel, nnx.Param)
     params = params_of(bridged)
     np.testing.assert_array_equal(bridged(X), linen.apply({"params": params}, X))
+    assert c3t.find_layers(nnx.Dict(up=bridged)) == {("up",): linen}
     bridged(X, mutable=["losses"])
     assert isinstance(bridged.activity_regularizer, RegularizationLoss)
-    assert c3t.regularization_loss(bridged) > 0
+    activity = c3t.regularization_loss(bridged)
+    assert activity > 0
+    bridged.to_nnx__module = linen.copy(kernel_regularizer="l1")
+    penalty = 0.01 * jnp.abs(bridged.kernel[...]).sum()
+    np.testing.assert_allclose(c3t.regularization_loss(bridged), activity + penalty, rtol=1e-5)
 
 
 def test_the_bridge_to_linen() -> None:
@@ -383,8 +500,9 @@ def plain(spec: P) -> P:
 def annotated(kind: str):
     """A layer with a sharding annotation of each kind that Flax knows, and the specification that comes of it."""
     glorot = initializers.get("kernel_initializer", "glorot_uniform")
-    if kind == "nnx.with_partitioning":
-        layer = make(8, 2, kernel_initializer=nnx.with_partitioning(glorot, tuple(SPEC)))
+    if kind in ("nnx.with_partitioning", "nnx from nn.with_partitioning"):
+        box = nnx.with_partitioning if kind == "nnx.with_partitioning" else nn.with_partitioning
+        layer = make(8, 2, kernel_initializer=box(glorot, tuple(SPEC)))
     elif kind == "nnx logical":
         layer = make(8, 2, kernel_metadata={"out_sharding": initializers.KERNEL_AXES, "sharding_rules": RULES})
     else:
@@ -397,7 +515,14 @@ def annotated(kind: str):
 
 
 @pytest.mark.parametrize(
-    "kind", ["nnx.with_partitioning", "nnx logical", "nn.with_partitioning", "nn.with_logical_partitioning"]
+    "kind",
+    [
+        "nnx.with_partitioning",
+        "nnx from nn.with_partitioning",
+        "nnx logical",
+        "nn.with_partitioning",
+        "nn.with_logical_partitioning",
+    ],
 )
 def test_sharding_annotations_survive_into_jit(kind) -> None:
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), MESH_AXES)
