@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import logging
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from examples.brain_segmentation.train import State
 
-STATE, PROOF, SCORE = "state", "proof", "score"
+STATE, PROOF = "state", "proof.json"
+SCORE, FILES, SUM = "score", "files", "sha256"
 FOLDER, DAMAGED = "checkpoints", "damaged"
 
-# Orbax tells of every step of a save, and of every array that it cannot read; what matters is said here.
-logging.getLogger("absl").setLevel(logging.ERROR)
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells of every step of a save; what matters is said here
 
 
 class DamagedError(Exception):
     """A checkpoint that does not hold what was written."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written or read; the message is one line."""
 
 
 class Checkpoints:
@@ -42,40 +47,45 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, keep: int, like: State) -> None:
         self._folder = folder.absolute() / FOLDER
         self._like = like
-        self._set_damaged_aside(folder.absolute() / DAMAGED)
-        policy = ocp.checkpoint_managers.AnyPreservationPolicy(
-            [
-                ocp.checkpoint_managers.LatestN(keep),
-                ocp.checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[SCORE], n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
+        self._scores: dict[int, float | None] = {}
+        self._writing = 0
+        self._prove(folder.absolute() / DAMAGED)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_LatestAndBest(keep, self._scores),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_proof),
+            cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True),
-        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._manager.close()  # waits for what is being written
+        if error is None:
+            self.wait()
+        with contextlib.suppress(Exception):  # what it could not write was said by `wait`, or comes after an error
+            self._manager.close()
 
     def save(self, step: int, state: State, score: float | None) -> None:
         """Begins to write; the training goes on meanwhile. ``score`` None: not evaluated, so never the best."""
-        proof = {"sha256": digest(state), SCORE: score}
-        items = {STATE: ocp.args.StandardSave(state), PROOF: ocp.args.JsonSave(proof)}
-        self._manager.save(
-            step, args=ocp.args.Composite(**items), metrics=None if score is None else {SCORE: score}, force=True
-        )
+        self.wait()
+        self._scores[step], self._writing = score, step
+        with _named_errors(self._folder):
+            self._manager.save(step, args=ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}), force=True)
+
+    def _write_proof(self) -> None:
+        """Called when all is written, but not yet under its name: what is proved is committed with its proof."""
+        (folder,) = self._folder.glob(f"{self._writing}.*tmp*")
+        proof = {SCORE: self._scores[self._writing], FILES: _digests(folder)}
+        (folder / PROOF).write_text(json.dumps({**proof, SUM: _digest(json.dumps(proof).encode())}))
 
     def path(self, step: int) -> pathlib.Path:
         return self._folder / str(step)
 
     def wait(self) -> None:
         """Until what was begun is written."""
-        self._manager.wait_until_finished()
+        with _named_errors(self._folder):
+            self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
         """Of those that are written."""
@@ -85,20 +95,21 @@ class Checkpoints:
     def best(self) -> int | None:
         """The one with the highest score; the latest where none has one."""
         self.wait()
-        scores = {step: _proof(self.path(step))[SCORE] for step in self._manager.all_steps()}
-        scored = [(score, step) for step, score in scores.items() if score is not None]
-        return max(scored)[1] if scored else self._manager.latest_step()
+        return _best(self._manager.all_steps(), self._scores) or self._manager.latest_step()
 
     def restore(self, step: int) -> State:
         """The state after a step; raises `DamagedError` where it is not what was written."""
-        return read(self.path(step), self._like)
+        prove(self.path(step))
+        with _named_errors(self.path(step)), ocp.StandardCheckpointer() as states:
+            return states.restore(self.path(step) / STATE, jax.tree.map(ocp.utils.to_shape_dtype_struct, self._like))
 
-    def _set_damaged_aside(self, shelf: pathlib.Path) -> None:
+    def _prove(self, shelf: pathlib.Path) -> None:
+        """Notes the scores of those that are whole, and takes the others out of the way."""
         for path in sorted(self._folder.glob("[0-9]*"), key=lambda path: path.name):
-            if not path.name.isdigit():
+            if not path.name.isdigit() or not path.is_dir():
                 continue
             try:
-                read(path, self._like)
+                self._scores[int(path.name)] = prove(path)
             except DamagedError as damage:
                 shelf.mkdir(exist_ok=True)
                 shutil.rmtree(shelf / path.name, ignore_errors=True)
@@ -109,29 +120,58 @@ class Checkpoints:
                 )
 
 
-def read(path: pathlib.Path, like: State) -> State:
-    """The state in a checkpoint's folder, proved against its digest; on the devices of ``like``."""
+class _LatestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Orbax's own `BestN` forgets the scores when the process ends; here they are those of the proofs."""
+
+    def __init__(self, keep: int, scores: Mapping[int, float | None]) -> None:
+        self._keep, self._scores = keep, scores
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self._keep :], _best(steps, self._scores)}
+        return [step in kept for step in steps]
+
+
+def _best(steps: Iterable[int], scores: Mapping[int, float | None]) -> int | None:
+    """The step with the highest score, the latest of equals."""
+    scored = [(score, step) for step in steps if (score := scores.get(step)) is not None]
+    return max(scored)[1] if scored else None
+
+
+@contextlib.contextmanager
+def _named_errors(path: pathlib.Path) -> Iterator[None]:
+    """What the layers below raise where a disk is full, or a file cannot be opened."""
     try:
-        with ocp.StandardCheckpointer() as states:
-            state = states.restore(path / STATE, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
-        expected = _proof(path)["sha256"]
-    except Exception as error:  # every layer below has errors of its own for what it cannot read
+        yield
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DamagedError(f"it cannot be read: {reason[:160]}") from error
-    if digest(state) != expected:
-        raise DamagedError("its values are not those that were written")
-    return state
+        raise CheckpointError(f"{path}: a checkpoint cannot be written or read: {reason[:200]}") from error
 
 
-def _proof(path: pathlib.Path) -> dict[str, Any]:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as texts:
-        return texts.restore(path / PROOF)
+def prove(path: pathlib.Path) -> float | None:
+    """The score of a checkpoint, whose files are those that were written; else `DamagedError`."""
+    try:
+        proof = json.loads((path / PROOF).read_text())
+        total, files = proof.pop(SUM), proof[FILES]
+        if _digest(json.dumps(proof).encode()) != total:
+            raise DamagedError(f"{PROOF} is not what was written")
+        found = _digests(path)
+    except FileNotFoundError as error:
+        raise DamagedError(f"it has no {pathlib.Path(error.filename).name}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{PROOF} is not what was written") from error
+    for name, digest in files.items():
+        if found.get(name) != digest:
+            raise DamagedError(f"{name} is {'not what was written' if name in found else 'missing'}")
+    return proof[SCORE]
 
 
-def digest(state: State) -> str:
-    """A hash of every value, by name."""
-    total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        array: Any = np.asarray(leaf)
-        total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode() + array.tobytes())
-    return total.hexdigest()
+def _digests(folder: pathlib.Path) -> dict[str, str]:
+    """By name, the files that hold the state."""
+    files = sorted(path for path in (folder / STATE).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): _digest(path.read_bytes()) for path in files}
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

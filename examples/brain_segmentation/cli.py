@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from examples.brain_segmentation import report
+from examples.brain_segmentation.checkpoints import CheckpointError, DamagedError
 from examples.brain_segmentation.data import DataError, Subject, load_files, load_mni152
 from examples.brain_segmentation.evaluate import score, segment
 from examples.brain_segmentation.loop import Stop, TrainingError, train
@@ -18,8 +19,8 @@ from examples.brain_segmentation.settings import PRECISIONS, SCHEDULES, Settings
 
 def positive(text: str) -> int:
     value = int(text) if text.lstrip("+-").isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    if not 0 < value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no positive integer below 2**31")
     return value
 
 
@@ -126,21 +127,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return run(args)
-    except TrainingError as error:
+    except (TrainingError, CheckpointError, DamagedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or args.out}: {error.strerror}", file=sys.stderr)
+    except MemoryError as error:
+        print(f"error: out of memory: {error}", file=sys.stderr)
     return 2
 
 
 def run(args: argparse.Namespace) -> int:
     if args.patch % FACTOR:
         raise DataError(f"--patch {args.patch} must be a multiple of {FACTOR}, by which the network divides it")
-    if args.accumulate > args.steps:
-        raise DataError(f"--accumulate {args.accumulate} is more than --steps {args.steps}: nothing would be learnt")
+    if args.steps % args.accumulate:
+        raise DataError(
+            f"--steps {args.steps} must be a multiple of --accumulate {args.accumulate}; the rest would be lost"
+        )
+    if args.steps < 2 * args.accumulate:
+        raise DataError(
+            f"--steps {args.steps} with --accumulate {args.accumulate} makes one update, at the learning rate 0 that "
+            "the warm-up begins with: nothing would be learnt"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     subject = load_files(*args.data) if args.data else load_mni152()
     if subject.split.test >= subject.image.shape[1]:
@@ -162,6 +172,8 @@ def learn(args: argparse.Namespace, subject: Subject, stop: Stop) -> list[report
             break
         folder = args.out / upsampling
         trained = train(subject, settings_of(args, subject.fingerprint, upsampling), folder, stop, args.resume)
+        if trained.steps == 0:  # stopped before it began: older results are better than none
+            break
         prediction = segment(trained.model, trained.params, subject.image)
         entries.append(report.Entry(upsampling, score(subject, prediction).held_out, trained))
         if len(entries) == 1:

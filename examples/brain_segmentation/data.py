@@ -54,7 +54,8 @@ class Subject:
     @property
     def fingerprint(self) -> str:
         """A hash of image and labels: the identity of the data that a run learns from."""
-        return hashlib.sha256(self.image.tobytes() + self.labels.tobytes()).hexdigest()[:16]
+        what = f"{self.image.shape} {self.values}".encode() + self.image.tobytes() + self.labels.tobytes()
+        return hashlib.sha256(what).hexdigest()[:16]
 
     @property
     def split(self) -> Split:

@@ -19,16 +19,12 @@ class Scores:
 
     validation: Sequence[float]
     held_out: Sequence[float]
-
-    @property
-    def choice(self) -> float:
-        """What checkpoints are compared by: the mean over the classes that are there, but for the background."""
-        there = [score for score in self.validation[1:] if not np.isnan(score)]
-        return float(np.mean(there)) if there else 0.0
+    choice: float
+    """What checkpoints are compared by: the mean over the classes that the validation has, without the background."""
 
 
 def evaluate(model: UNet, params: Any, subject: Subject) -> Scores:
-    """Scores of the slices in front of those that are trained on; the others are not computed."""
+    """Scores of the slices in front of those that are trained on, which are computed alone: a sketch of `segment`'s."""
     start = max(0, subject.split.train - WINDOW // 4)
     return score(subject, segment(model, params, subject.image[:, start:]), start)
 
@@ -45,7 +41,10 @@ def score(subject: Subject, prediction: np.ndarray, start: int = 0) -> Scores:
     def part(begin: int, end: int) -> list[float]:
         return dice(prediction[:, begin - start : end - start], subject.labels[:, begin:end], classes)
 
-    return Scores(part(split.train, split.test), part(split.test, subject.image.shape[1]))
+    validation = part(split.train, split.test)
+    there = [label for label in np.unique(subject.labels[:, split.train : split.test]) if label > 0]
+    choice = float(np.mean([validation[label] for label in there])) if there else 0.0
+    return Scores(validation, part(split.test, subject.image.shape[1]), choice)
 
 
 def dice(prediction: np.ndarray, truth: np.ndarray, classes: int) -> list[float]:

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import shutil
+import sys
+from collections.abc import Sequence
 from types import TracebackType
 
 from tensorboardX import SummaryWriter
 
-LOSSES, SCORES, TENSORBOARD = "losses.csv", "scores.csv", "tensorboard"
+LOSSES, SCORES, TIMES, TENSORBOARD = "losses.csv", "scores.csv", "times.csv", "tensorboard"
 
 
 class Table:
-    """A CSV file with a row per step, the step first; opened at a step, it forgets the rows behind."""
+    """A CSV file with a row per step, the step first; opened at a step, it forgets the rows behind.
+
+    Attributes:
+      rows: those that were there already, up to the step.
+    """
 
     def __init__(self, path: pathlib.Path, columns: Sequence[str], step: int) -> None:
-        header, *rows = read(path) if path.exists() else [[]]
-        kept = [row for row in rows if len(row) == len(columns) + 1 and row[0].isdigit() and int(row[0]) <= step]
+        self.columns, self._path = ["step", *columns], path
+        self.rows = [row for row in _rows(path, self.columns) if row[0] <= step]
         part = path.with_name(f"{path.name}.part")
         with part.open("w", newline="") as file:
-            csv.writer(file).writerows([["step", *columns], *(kept if header == ["step", *columns] else [])])
+            csv.writer(file).writerows([self.columns, *([int(row[0]), *map(repr, row[1:])] for row in self.rows)])
         os.replace(part, path)
         self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file)
+
+    def check(self, steps: Sequence[int]) -> None:
+        """Says so where the rows are not those of the steps: a log that was changed cannot be mended."""
+        if [row[0] for row in self.rows] != list(steps):
+            print(f"warning: {self._path} was changed; it does not hold every step any more", file=sys.stderr)
 
     def write(self, step: int, values: Sequence[float]) -> None:
         """A row that outlives the process; numbers are written in full."""
@@ -39,54 +51,66 @@ class Table:
         self._file.close()
 
 
-def read(path: pathlib.Path) -> list[list[str]]:
-    with path.open(newline="") as file:
-        return list(csv.reader(file)) or [[]]
+def _rows(path: pathlib.Path, columns: Sequence[str]) -> list[list[float]]:
+    """The rows that are whole, where the file has these columns."""
+    if not path.exists():
+        return []
+    with path.open(newline="", errors="replace") as file:
+        lines = file.read().replace("\0", "").splitlines()
+    header, *rows = list(csv.reader(lines)) or [[]]
+    found = []
+    for row in rows if header == list(columns) else []:
+        with contextlib.suppress(ValueError):
+            if len(row) == len(columns):
+                found.append([int(row[0]), *map(float, row[1:])])
+    return found
 
 
 def series(path: pathlib.Path) -> dict[str, list[float]]:
     """The columns of a table by name."""
-    header, *rows = read(path)
-    return {name: [float(row[i]) for row in rows if len(row) == len(header)] for i, name in enumerate(header)}
+    with path.open(newline="", errors="replace") as file:
+        header = next(csv.reader(file), [])
+    rows = _rows(path, header)
+    return {name: [row[i] for row in rows] for i, name in enumerate(header)}
 
 
 class Logs:
-    """The loss of every step, the scores of every evaluation: as tables and in TensorBoard.
+    """The loss of every step, the scores of every evaluation: as tables, and for TensorBoard made from them.
 
-    Nothing that depends on the machine's speed is in the tables: the same run writes the same files.
+    Nothing that depends on the machine's speed is in these tables: the same run writes the same files. The seconds that
+    steps took are in one of their own.
     """
 
     def __init__(self, folder: pathlib.Path, classes: Sequence[str], step: int) -> None:
-        self._classes = classes
         self.losses = Table(folder / LOSSES, ["loss", "gradient norm", "learning rate"], step)
         columns = [f"{part} {name}" for part in ("validation", "held out") for name in classes]
         self.scores = Table(folder / SCORES, columns, step)
-        # TensorBoard itself leaves out what an earlier process wrote past this step.
-        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
+        self.times = Table(folder / TIMES, ["seconds per step"], step)
+        # What an earlier process had not yet written for TensorBoard, or wrote past this step, is not in its way.
+        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+        self._board = SummaryWriter(str(folder / TENSORBOARD), flush_secs=10)
+        for table in (self.losses, self.scores, self.times):
+            for row in table.rows:
+                self._scalars(table, int(row[0]), row[1:])
 
     def __enter__(self) -> Logs:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.losses.close()
-        self.scores.close()
+        for table in (self.losses, self.scores, self.times):
+            table.close()
         self._board.close()
 
-    def step(self, step: int, loss: float, gradient_norm: float, learning_rate: float, seconds: float) -> None:
-        self.losses.write(step, [loss, gradient_norm, learning_rate])
-        self._scalars(step, {"loss": loss, "gradient norm": gradient_norm, "learning rate": learning_rate})
-        self._scalars(step, {"seconds per step": seconds})
-
-    def evaluation(self, step: int, validation: Sequence[float], held_out: Sequence[float]) -> None:
-        """Dice per class, without the background."""
-        self.scores.write(step, [*validation, *held_out])
-        for part, values in (("validation", validation), ("held out", held_out)):
-            self._scalars(step, {f"{part}/{name}": v for name, v in zip(self._classes, values, strict=True)})
+    def write(self, table: Table, step: int, values: Sequence[float]) -> None:
+        """A row, in its table and for TensorBoard."""
+        table.write(step, values)
+        self._scalars(table, step, values)
 
     def sync(self) -> None:
         self.losses.sync()
         self.scores.sync()
 
-    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
+    def _scalars(self, table: Table, step: int, values: Sequence[float]) -> None:
+        for name, value in zip(table.columns[1:], values, strict=True):
+            name = name.replace("validation ", "validation/").replace("held out ", "held_out/")
             self._board.add_scalar(name.replace(" ", "_"), value, step)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import pathlib
-import shutil
 import signal
 import statistics
 import sys
@@ -17,7 +17,7 @@ from types import FrameType
 import jax
 from tqdm import tqdm
 
-from examples.brain_segmentation.checkpoints import Checkpoints
+from examples.brain_segmentation.checkpoints import FOLDER, Checkpoints
 from examples.brain_segmentation.data import Subject
 from examples.brain_segmentation.evaluate import evaluate
 from examples.brain_segmentation.logs import LOSSES, Logs, series
@@ -75,15 +75,17 @@ def train(subject: Subject, settings: Settings, folder: pathlib.Path, stop: Stop
     Args:
       subject: what is learnt.
       settings: all that decides the outcome.
-      folder: of this run: its settings, checkpoints, logs. What an earlier run left there is moved aside, or gone on
-        from with ``resume``, from its latest checkpoint: to the bit as if it had never stopped.
+      folder: of this run: its settings, checkpoints, logs. What an earlier run left there is moved to a folder beside
+        it, or gone on from with ``resume``, from its latest checkpoint: to the bit as if it had never stopped.
       stop: looked at between two steps.
       resume: see ``folder``; where there is nothing to go on from, the run begins.
 
     Raises:
       TrainingError: a loss or gradient that is not a number, or infinite.
       DataError: settings that a run cannot go on with.
+      CheckpointError: a checkpoint that cannot be written, on a full disk for instance.
     """
+    sampler = PatchSampler(subject, settings.patch, settings.batch, settings.seed)  # before anything is moved
     _prepare(folder, settings, resume)
     model = make_model(len(subject.names), settings)
     state = initial_state(model, settings)
@@ -94,7 +96,10 @@ def train(subject: Subject, settings: Settings, folder: pathlib.Path, stop: Stop
             said = f"going on from step {done}" if done else "no checkpoint to go on from; beginning"
             print(f"{folder}: {said}", file=sys.stderr)
         with Logs(folder, subject.names[1:], done) as logs:
-            run = _Run(subject, settings, model, checkpoints, logs, stop)
+            every = range(settings.evaluate_every, done + 1, settings.evaluate_every)
+            logs.losses.check(range(1, done + 1))
+            logs.scores.check(sorted({*every, *([done] if done == settings.steps else [])}))
+            run = _Run(subject, settings, sampler, model, checkpoints, logs, stop)
             if done < settings.steps:
                 state = run.go_on(state, done)
         best = checkpoints.best()
@@ -108,12 +113,12 @@ def train(subject: Subject, settings: Settings, folder: pathlib.Path, stop: Stop
 
 def _prepare(folder: pathlib.Path, settings: Settings, resume: bool) -> None:
     """The folder as the run needs it: with what there is to go on from, or new."""
-    if resume and (folder / FILE).exists():
+    if resume and ((folder / FILE).exists() or any((folder / FOLDER).glob("[0-9]*"))):
         for change in settings.changes(folder):
             print(f"warning: {folder} goes on with {change}", file=sys.stderr)
-    elif folder.exists():
-        aside = folder.with_name(f"{folder.name}.earlier")
-        shutil.rmtree(aside, ignore_errors=True)
+    elif folder.exists() and any(folder.iterdir()):
+        number = next(i for i in itertools.count(1) if not folder.with_name(f"{folder.name}.earlier-{i}").exists())
+        aside = folder.with_name(f"{folder.name}.earlier-{number}")
         folder.rename(aside)
         print(f"the earlier run in {folder} is now {aside}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,6 +131,7 @@ class _Run:
 
     subject: Subject
     settings: Settings
+    sampler: PatchSampler
     model: UNet
     checkpoints: Checkpoints
     logs: Logs
@@ -135,8 +141,7 @@ class _Run:
 
     def go_on(self, state: State, done: int) -> State:
         """Steps from ``done`` on; the state after them, which is saved."""
-        settings, saved = self.settings, True
-        sampler = PatchSampler(self.subject, settings.patch, settings.batch, settings.seed)
+        settings, sampler, saved = self.settings, self.sampler, True
         started = time.perf_counter()
         step = jax.jit(make_step(self.model, settings)).lower(state, *sampler(done)).compile()
         self.compile_seconds = time.perf_counter() - started
@@ -148,7 +153,7 @@ class _Run:
                 new, metrics = step(state, *sampler(done))
                 loss = float(metrics.loss)
                 self.seconds.append(time.perf_counter() - started)
-                self._check(new, metrics, done, sampler)
+                self._check(new, metrics, done)
                 state, done = new, done + 1
                 saved = self._write(state, metrics, done)
                 progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -157,7 +162,7 @@ class _Run:
             self._save(state, done, None)
         return state
 
-    def _check(self, state: State, metrics: Metrics, index: int, sampler: PatchSampler) -> None:
+    def _check(self, state: State, metrics: Metrics, index: int) -> None:
         """A loss that is no number ends the run before it is in anything that is kept.
 
         In float16 a gradient may overflow: the step was skipped and the loss scale lowered, which must end somewhere.
@@ -171,19 +176,19 @@ class _Run:
         if wrong:
             last = self.checkpoints.latest()
             raise TrainingError(
-                f"step {index + 1}: {wrong[0]}, on {sampler.describe(index)}; "
+                f"step {index + 1}: {wrong[0]}, on {self.sampler.describe(index)}; "
                 f"the last good checkpoint is {self.checkpoints.path(last) if last else 'none'}"
             )
 
     def _write(self, state: State, metrics: Metrics, done: int) -> bool:
         """Logs the step; evaluates and saves where it is time to. Whether it was saved."""
-        settings, score = self.settings, None
-        self.logs.step(
-            done, float(metrics.loss), float(metrics.gradient_norm), float(metrics.learning_rate), self.seconds[-1]
-        )
+        settings, logs, score = self.settings, self.logs, None
+        values = (metrics.loss, metrics.gradient_norm, metrics.learning_rate)
+        logs.write(logs.losses, done, [float(value) for value in values])
+        logs.write(logs.times, done, [self.seconds[-1]])
         if done % settings.evaluate_every == 0 or done == settings.steps:
             scores = evaluate(self.model, state.average, self.subject)
-            self.logs.evaluation(done, scores.validation[1:], scores.held_out[1:])
+            logs.write(logs.scores, done, [*scores.validation[1:], *scores.held_out[1:]])
             score = scores.choice
         if score is None and done % settings.checkpoint_every != 0:
             return False
