@@ -442,6 +442,21 @@ def test_higher_derivatives_through_the_functional_form() -> None:
     assert np.abs(product["kernel"][...]).max() > 0
 
 
+def test_export_empty_batches_and_float64(x64) -> None:
+    layer = make(4, 3, **UP, param_dtype="float64", activity_regularizer="l2")
+    x = X.astype(np.float64)
+    want = layer(x)
+    assert want.dtype == layer.activity_loss.get_value().dtype == np.float64
+    np.testing.assert_allclose(layer(x[0]), want[0], rtol=1e-12, atol=1e-12)
+    assert layer(x[:0]).shape == (0, 6, 8, 4, 4)
+    assert c3t.regularization_loss(layer) == 0
+    graph, state = nnx.split(layer)
+    batch = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), *X.shape[1:]), x.dtype)
+    exported = jax.export.export(jax.jit(lambda state, x: nnx.merge(graph, state)(x)))(nnx.to_pure_dict(state), batch)
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_allclose(again.call(nnx.to_pure_dict(state), x), want, rtol=1e-12, atol=1e-12)
+
+
 def test_config_round_trip_with_linen_and_keras() -> None:
     layer = make(6, 2, 2, groups=3, kernel_regularizer="l2", name="up", dtype="bfloat16")
     config = json.loads(json.dumps(layer.get_config()))

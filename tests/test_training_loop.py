@@ -321,6 +321,25 @@ def test_a_log_that_was_changed_is_said_aloud_and_the_run_goes_on(subject, tmp_p
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_run_stopped_before_its_first_step_leaves_older_results_alone(files, tmp_path, monkeypatch) -> None:
+    class Late(loop.Stop):
+        """Requested while the network is made ready."""
+
+        def __init__(self) -> None:
+            self._answers = iter([False])
+
+        @property
+        def requested(self) -> bool:
+            return next(self._answers, True)
+
+    monkeypatch.setattr(cli, "Stop", Late)
+    (tmp_path / report.TABLE).write_text("older")
+    assert cli.main(["--data", *files, "--out", str(tmp_path), "--patch", "8", "--batch", "2", "--steps", "3"]) == 130
+    assert (tmp_path / report.TABLE).read_text() == "older"
+    assert not (tmp_path / report.PARAMETERS).exists()
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_checkpoint_that_cannot_be_written_ends_the_program_in_one_line(files, tmp_path, capsys, monkeypatch) -> None:
     def full(*args, **kwargs):
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nmore")

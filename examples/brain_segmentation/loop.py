@@ -138,6 +138,7 @@ class _Run:
     stop: Stop
     seconds: list[float] = dataclasses.field(default_factory=list)
     compile_seconds: float = 0.0
+    dice: float = math.nan  # the mean of the latest validation
 
     def go_on(self, state: State, done: int) -> State:
         """Steps from ``done`` on; the state after them, which is saved."""
@@ -156,7 +157,7 @@ class _Run:
                 self._check(new, metrics, done)
                 state, done = new, done + 1
                 saved = self._write(state, metrics, done)
-                progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                progress.set_postfix(loss=f"{loss:.3f}", dice=f"{self.dice:.3f}", refresh=False)
                 progress.update()
         if not saved:  # stopped
             self._save(state, done, None)
@@ -189,7 +190,7 @@ class _Run:
         if done % settings.evaluate_every == 0 or done == settings.steps:
             scores = evaluate(self.model, state.average, self.subject)
             logs.write(logs.scores, done, [*scores.validation[1:], *scores.held_out[1:]])
-            score = scores.choice
+            score = self.dice = scores.choice
         if score is None and done % settings.checkpoint_every != 0:
             return False
         self._save(state, done, score)
