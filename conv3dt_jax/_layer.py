@@ -160,6 +160,14 @@ def in_channels(config: LayerConfig, inputs: Any) -> tuple[jax.Array, int]:
     return array, channels
 
 
+def check_in_features(config: LayerConfig, in_features: int) -> None:
+    """Where a layer is told its channels, they must be those of its ``input_shape``."""
+    for name in ("input_shape", "batch_input_shape"):
+        shape = getattr(config, name)
+        if shape is not None and config.spec.split_shape(shape)[2] not in (None, in_features):
+            raise ValueError(f"`{name}={shape}` has other channels than `in_features={in_features}`; give the same.")
+
+
 def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
     last = shape[-len(expected) :]
     return len(last) == len(expected) and all(a is None or a == b for a, b in zip(expected, last, strict=True))

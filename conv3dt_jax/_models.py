@@ -61,6 +61,13 @@ def is_layer(candidate: Any) -> bool:
     return isinstance(candidate, Conv3DTranspose)
 
 
+def names_in(model: Any) -> set[Any]:
+    """What the states of an NNX model can hold at their top."""
+    from flax import nnx
+
+    return set(nnx.state(model))
+
+
 def _in_nnx(model: Any) -> dict[Path, Any]:
     from flax import nnx
 

@@ -70,7 +70,7 @@ def regularization_loss(variables: Any, layers: Any = None, *, losses: Any = Non
             "`variables` must be an NNX model, or a dict of parameters or of collections, not "
             f"{type(variables).__name__}."
         )
-    collections = bool({"params", "losses"} & set(variables))
+    collections = bool({"params", "losses"} & set(variables)) and not hasattr(variables, "raw_mapping")
     params = variables.get("params") if collections else variables
     if params is not None and layers is None:
         raise ValueError(
@@ -198,16 +198,23 @@ def constrain(optimizer: optax.GradientTransformation, layers: Any) -> optax.Gra
         raise TypeError(f"`optimizer` must be an optax transformation, not {type(optimizer).__name__}.")
     inner = optax.with_extra_args_support(optimizer)
     projections = _projections(_by_path(layers))
-    whole_model = _models.is_nnx(layers)  # of which the optimizer may hold a part, and shared parameters once
+    # Of an NNX model the optimizer may hold a part, and shared parameters once.
+    names = _models.names_in(layers) if _models.is_nnx(layers) else None
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("constrain needs the parameters: optimizer.update(gradients, state, params).")
+        if names is not None and not (isinstance(params, Mapping) and names >= set(params)):
+            raise ValueError(
+                "the parameters are not those of the model that constrain was given: use flax.nnx.Optimizer(model, "
+                f"...), or states of the model, not {type(params).__name__}."
+            )
         updates, state = inner.update(updates, state, params, **extra)
         direct = any(_has(params, path) for path in projections)
-        prefix = ("params",) if not direct and isinstance(params, Mapping) and "params" in params else ()
+        inside = not direct and names is None and isinstance(params, Mapping) and "params" in params
+        prefix = ("params",) if inside else ()
         for path, projection in projections.items():
-            if whole_model and not _has(params, path):
+            if names is not None and not _has(params, path):
                 continue
             parameter, step = _at(params, (*prefix, *path)), _at(updates, (*prefix, *path))
             if not isinstance(step, optax.MaskedNode) and step is not None:

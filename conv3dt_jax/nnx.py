@@ -144,7 +144,7 @@ class Conv3DTranspose(nnx.Module):
         self.name = name
         self.deterministic = False
         config = _layer.configure(self)
-        _check_in_features(config, self.in_features)
+        _layer.check_in_features(config, self.in_features)
         make_kernel, make_bias = config.makers
         kernel_shape = config.spec.kernel_shape(self.in_features)
         self.kernel = _parameter("kernel", make_kernel, kernel_shape, config, kernel_metadata, rngs)
@@ -224,13 +224,6 @@ class Conv3DTranspose(nnx.Module):
 def _no_loss() -> RegularizationLoss:
     """Of a dtype that stays, as the carry of a scan must."""
     return RegularizationLoss(jnp.zeros((), jnp.result_type(float)))
-
-
-def _check_in_features(config: _layer.LayerConfig, in_features: int) -> None:
-    for name in ("input_shape", "batch_input_shape"):
-        shape = getattr(config, name)
-        if shape is not None and config.spec.split_shape(shape)[2] not in (None, in_features):
-            raise ValueError(f"`{name}={shape}` has other channels than `in_features={in_features}`; give the same.")
 
 
 def _parameter(

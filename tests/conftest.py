@@ -68,5 +68,29 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Path
         return original, {kind: keras_models.save(original, folder, kind) for kind in keras_models.KINDS}
 
 
+@pytest.fixture(scope="session")
+def ball(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The NIfTI files of a small image and its labels."""
+    from tests import training_runs
+
+    return training_runs.ball(tmp_path_factory.mktemp("ball"))
+
+
+@pytest.fixture
+def subject(ball: tuple[str, str]) -> Any:
+    """What the demo makes of them."""
+    from examples.brain_segmentation.data import load_files
+
+    return load_files(*map(Path, ball))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's loop with a network that compiles at once, and evaluations that cost nothing."""
+    from tests import training_runs
+
+    training_runs.make_quick(monkeypatch)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ["KERAS_HOME"], ignore_errors=True)

@@ -22,6 +22,7 @@ from examples.brain_segmentation.loop import Stop, train
 from examples.brain_segmentation.model import UNet
 from examples.brain_segmentation.patches import PatchSampler
 from examples.brain_segmentation.settings import Settings
+from tests.training_runs import AFFINE, sphere
 
 pytestmark = [
     pytest.mark.lenient,
@@ -29,15 +30,6 @@ pytestmark = [
 ]  # optax and Flax promote implicitly
 
 ROOT = pathlib.Path(__file__).parents[1]
-AFFINE = np.array([[0, -1.5, 0, 7], [2.0, 0, 0, -3], [0, 0, 3.0, 5], [0, 0, 0, 1]])  # axes: anterior, left, superior
-
-
-def sphere(shape=(56, 24, 16)):
-    """A bright ball in noise, with its labels (values 0 and 7)."""
-    rng = np.random.default_rng(0)
-    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij"))
-    inside = (grid**2).sum(0) < 0.8
-    return (inside * 3 + rng.normal(size=shape) * 0.3 + 2).astype(np.float32), (inside * 7).astype(np.uint8)
 
 
 @pytest.fixture

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from examples.brain_segmentation import report
 from examples.brain_segmentation.checkpoints import CheckpointError, DamagedError
@@ -31,19 +32,23 @@ def seed_value(text: str) -> int:
 
 
 def norm(text: str) -> float:
-    return _above_0(text, 1e9, "norm (a number above 0)")
+    return _number(text, lambda value: 0 < value < 1e9, "norm (a number above 0)")
 
 
 def rate(text: str) -> float:
-    return _above_0(text, 10, "learning rate (a number above 0)")
+    return _number(text, lambda value: 0 < value < 10, "learning rate (a number above 0)")
 
 
-def _above_0(text: str, end: float, what: str) -> float:
+def fraction(text: str) -> float:
+    return _number(text, lambda value: 0 <= value < 1, "number from 0 to below 1")
+
+
+def _number(text: str, fits: Callable[[float], bool], what: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
-    if not 0 < value < end:
+        value = math.nan
+    if not fits(value):
         raise argparse.ArgumentTypeError(f"{text!r} is no {what}")
     return value
 
@@ -53,16 +58,6 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]
         self.exit(2, f"error: {message}\n")
-
-
-def fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to below 1")
-    return value
 
 
 def parser() -> argparse.ArgumentParser:

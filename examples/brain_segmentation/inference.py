@@ -34,14 +34,13 @@ def _predictor(model: UNet) -> Callable[[Any, Any], jax.Array]:
     return jax.jit(lambda params, windows: jax.nn.softmax(jnp.asarray(model.apply({"params": params}, windows))))
 
 
-def sliding_window(predict: Predict, image: np.ndarray, window: int = WINDOW, overlap: float = OVERLAP) -> np.ndarray:
-    """The weighted mean of what ``predict`` makes of each window.
+def sliding_window(predict: Predict, image: np.ndarray, window: int = WINDOW) -> np.ndarray:
+    """The weighted mean of what ``predict`` makes of windows that share half of their edge.
 
     Args:
       predict: ``(1, W, W, W)`` to ``(1, W, W, W, K)``.
       image: ``(D, H, W)``; where it is smaller than the window, its border is repeated.
       window: edge of the cubic windows.
-      overlap: the least part that neighbours share, in ``[0, 1)``.
 
     Returns:
       ``(D, H, W, K)`` float32.
@@ -50,7 +49,7 @@ def sliding_window(predict: Predict, image: np.ndarray, window: int = WINDOW, ov
     weight = gaussian(window)[..., None]
     total = np.zeros((*padded.shape, 1), np.float32)
     blended: np.ndarray | None = None
-    for corner in itertools.product(*(starts(size, window, overlap) for size in padded.shape)):
+    for corner in itertools.product(*(starts(size, window, OVERLAP) for size in padded.shape)):
         where = tuple(slice(a, a + window) for a in corner)
         predicted = np.asarray(predict(padded[where][None]), np.float32)[0]
         if blended is None:

@@ -101,7 +101,7 @@ def train(subject: Subject, settings: Settings, folder: pathlib.Path, stop: Stop
             logs.scores.check(sorted({*every, *([done] if done == settings.steps else [])}))
             run = _Run(subject, settings, sampler, model, checkpoints, logs, stop)
             if done < settings.steps:
-                state = run.go_on(state, done)
+                state = run.go_on(state)
         best = checkpoints.best()
         params = state.average if best is None else checkpoints.restore(best).average
     losses = series(folder / LOSSES)["loss"]
@@ -140,9 +140,9 @@ class _Run:
     compile_seconds: float = 0.0
     dice: float = math.nan  # the mean of the latest validation
 
-    def go_on(self, state: State, done: int) -> State:
-        """Steps from ``done`` on; the state after them, which is saved."""
-        settings, sampler, saved = self.settings, self.sampler, True
+    def go_on(self, state: State) -> State:
+        """The steps that are left; the state after them, which is saved."""
+        settings, sampler, saved, done = self.settings, self.sampler, True, int(state.step)
         started = time.perf_counter()
         step = jax.jit(make_step(self.model, settings)).lower(state, *sampler(done)).compile()
         self.compile_seconds = time.perf_counter() - started

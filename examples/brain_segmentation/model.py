@@ -71,12 +71,12 @@ class TrilinearUpsample(nn.Module):
         return jax.image.resize(x, (n, 2 * d, 2 * h, 2 * w, c), "trilinear")
 
 
-def transposed_upsample(features: int, dtype: DTypeLike = jnp.float32) -> nn.Module:
+def transposed_upsample(features: int, dtype: DTypeLike) -> nn.Module:
     """Learnt upsampling to twice the size; kernel and stride of 2 leave no overlap, hence no checkerboard."""
     return c3t.Conv3DTranspose(features, 2, strides=2, dtype=dtype)
 
 
-def flax_upsample(features: int, dtype: DTypeLike = jnp.float32) -> nn.Module:
+def flax_upsample(features: int, dtype: DTypeLike) -> nn.Module:
     """The same by Flax's own layer, for comparison."""
     return nn.ConvTranspose(features, (2, 2, 2), (2, 2, 2), dtype=dtype)
 
