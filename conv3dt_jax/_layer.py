@@ -224,5 +224,4 @@ def activity_loss(config: LayerConfig, outputs: jax.Array) -> jax.Array:
     assert config.activity_regularizer is not None
     batch = math.prod(outputs.shape[:-4])
     loss = penalty("activity_regularizer", config.activity_regularizer, outputs)
-    loss = loss.astype(jnp.promote_types(loss.dtype, jnp.float32))
     return jnp.zeros_like(loss) if batch == 0 else loss / batch

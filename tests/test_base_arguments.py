@@ -28,6 +28,7 @@ def test_given_weights_stay_read_only() -> None:
     layer = make({"weights": [RNG.normal(size=(3, 3, 3, 4, 3)), RNG.normal(size=4)]})
     for twin in (layer, pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
         assert twin == layer
+        assert make({"weights": twin.weights}).weights is twin.weights  # neither copied nor hashed at each call
         with pytest.raises(ValueError, match="read-only"):
             twin.weights[0][...] = 0
 

@@ -229,6 +229,10 @@ def test_export_empty_batches_and_float64(x64) -> None:
     x = X.astype(np.float64)
     want = layer(x)
     assert want.dtype == layer.activity_loss.get_value().dtype == np.float64
+    narrow = make(4, 3, activity_regularizer="l2")
+    before = jax.typeof(narrow.activity_loss.get_value())
+    assert narrow(X).dtype == np.float32
+    assert jax.typeof(narrow.activity_loss.get_value()) == before
     np.testing.assert_allclose(layer(x[0]), want[0], rtol=1e-12, atol=1e-12)
     assert layer(x[:0]).shape == (0, 6, 8, 4, 4)
     assert c3t.regularization_loss(layer) == 0

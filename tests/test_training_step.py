@@ -174,6 +174,9 @@ def test_augmentation_is_a_function_of_the_key() -> None:
     assert not np.array_equal(same[0], same[1])
     done, again = (run(dataclasses.replace(PLAIN, augment=True), batches=[0, 0]) for _ in range(2))
     assert float(done[1][1].loss) == float(again[1][1].loss)
+    assert float(done[1][1].loss) != float(done[2][1].loss)  # the first update is at rate 0: only the step differs
+    still = run(PLAIN, batches=[0, 0])
+    assert float(still[1][1].loss) == float(still[2][1].loss)
     assert not np.array_equal(done[1][1].gradient_norm, run(PLAIN, batches=[0])[1][1].gradient_norm)
 
 
