@@ -1,4 +1,6 @@
-"""The transposed 3-D convolution for JAX: a pure function, parameters as pytrees, and a Keras-exact Flax layer.
+"""The transposed 3-D convolution for JAX, and the convolution that it is the adjoint of.
+
+Pure functions, parameters as pytrees, and Keras-exact layers for Flax.
 
 >>> import jax.numpy as jnp
 >>> import conv3dt_jax as c3t
@@ -11,25 +13,29 @@ from typing import TYPE_CHECKING, Any
 
 from conv3dt_jax import initializers
 from conv3dt_jax._explain import Explanation, explain
-from conv3dt_jax._spec import Conv3DTransposeSpec
-from conv3dt_jax.functional import apply, conv3d_transpose, init, output_shape
+from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
+from conv3dt_jax.functional import apply, conv3d, conv3d_transpose, init, output_shape
 
 if TYPE_CHECKING:
     from conv3dt_jax import constraints, interop, nnx, regularizers
     from conv3dt_jax._models import find_layers
     from conv3dt_jax._training import constrain, regularization_loss
-    from conv3dt_jax.linen import Conv3DTranspose, Convolution3DTranspose
+    from conv3dt_jax.linen import Conv3D, Conv3DTranspose, Convolution3D, Convolution3DTranspose
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Conv3D",
+    "Conv3DSpec",
     "Conv3DTranspose",
     "Conv3DTransposeSpec",
+    "Convolution3D",
     "Convolution3DTranspose",
     "Explanation",
     "apply",
     "constrain",
     "constraints",
+    "conv3d",
     "conv3d_transpose",
     "explain",
     "find_layers",
@@ -44,7 +50,9 @@ __all__ = [
 
 # Flax and optax load when what needs them is first touched: `import conv3dt_jax` stays quick.
 _LAZY = {
+    "Conv3D": "linen",
     "Conv3DTranspose": "linen",
+    "Convolution3D": "linen",
     "Convolution3DTranspose": "linen",
     "constrain": "_training",
     "constraints": "",

@@ -89,20 +89,20 @@ def shape(name: str, value: Any) -> tuple[Any, ...]:
     return tuple(dimension(name, size, whole=value) for size in value)
 
 
-def padding_value(value: Any) -> str | Pairs:
-    """ "valid", "same", "circular" (any case), or the crop as an int, 3 ints or 3 pairs."""
+def padding_value(value: Any, padded: str) -> str | Pairs:
+    """ "valid", "same", "circular" (any case), or what is ``padded`` ("cropped", say): an int, 3 ints or 3 pairs."""
     rule = (
         f"{received('padding', value)} must be one of {', '.join(map(repr, PADDINGS))} (any case), "
-        "an integer, 3 integers or 3 pairs of integers (what is cropped at the start and the end of each axis)"
+        f"an integer, 3 integers or 3 pairs of integers (what is {padded} at the start and the end of each axis)"
     )
     if isinstance(value, str):
         if value.lower() == "causal":
-            raise ValueError(f"{rule}; causal padding has no meaning for a transposed convolution.")
+            raise ValueError(f"{rule}; causal padding has no meaning in three dimensions.")
         if value.lower() not in PADDINGS:
             raise ValueError(f"{rule}.")
         return value.lower()
     if value is None:
-        raise TypeError(f"{rule}; for no cropping write padding='valid' or padding=0.")
+        raise TypeError(f"{rule}; for none write padding='valid' or padding=0.")
     if not is_sequence(value) and not (isinstance(value, np.ndarray | jax.Array) and value.ndim == 2):
         if isinstance(value, set | frozenset | dict):
             raise TypeError(f"{rule}.")

@@ -33,6 +33,9 @@ from conv3dt_jax.lowerings._work import Call, nanoseconds
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
+GRADIENTS = {"outputs": 0, "affine": 0, "tangent": 0, "inputs": 1, "kernel": 1, "gradients": 2}
+"""How many of the two gradients a primitive computes; none is the result."""
+
 FILTERED = (3, 64)
 """Channels and filters of `winograd`: fewer make up short sums and more are summed in pieces, with less rounding."""
 
@@ -60,20 +63,24 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         if jnp.issubdtype(form.sums, jnp.floating):
             return "dilated", "outputs overlap: the platform's convolution"
         return "phases", "outputs overlap, and the platform convolves floating-point numbers only"
-    forward = kind in ("outputs", "affine", "tangent")
+    forward = not GRADIENTS[kind]
     call = Call.of(form, batch, room_for("cpu", form, batch))
     if forward and not overlaps and (not form.channels_first or matmul.is_elementwise(call)):
         return "matmul", "no outputs overlap: one product, no zeros"
-    names = ["phases", *(["matmul"] if forward else []), *(["winograd"] if _may_filter(form, call, forward) else [])]
+    names = [
+        "phases",
+        *(["matmul"] if forward else []),
+        *(["winograd"] if _may_filter(form, call, GRADIENTS[kind]) else []),
+    ]
     if names == ["phases"]:
-        return "phases", "one gathering of patches serves both gradients"
+        return "phases", "one gathering of patches" + (" serves both gradients" if kind == "gradients" else "")
     bfloat16 = all(dtype == jnp.bfloat16 for dtype in form.dtypes)
-    costs = {name: cost(name, call, gradient=not forward, bfloat16=bfloat16) for name in names}
+    costs = {name: cost(name, call, gradients=GRADIENTS[kind], bfloat16=bfloat16) for name in names}
     name = min(costs, key=lambda name: costs[name] / (WORTH if name == "winograd" else 1))
     return name, " against ".join(f"{name} {ns / 1e6:.2g} ms" for name, ns in costs.items()) + " by the cost rule"
 
 
-def _may_filter(form: Any, call: Call, forward: bool) -> bool:
+def _may_filter(form: Any, call: Call, gradients: int) -> bool:
     """Whether `winograd` can do it, and its rounding stays within four times that of the direct sum.
 
     Not where it would write cells of several outputs with the filters second, piece by piece; and not where its
@@ -81,10 +88,10 @@ def _may_filter(form: Any, call: Call, forward: bool) -> bool:
     """
     if winograd.refusal(form.geometry, form.sums) is not None:
         return False
-    if forward and form.channels_first and any(axis.s > 1 for axis in form.geometry):
+    if not gradients and form.channels_first and any(axis.s > 1 for axis in form.geometry):
         return False
     held = sum(math.prod(shape) for shape in _shapes(form, call.batch)) * form.sums.itemsize
-    if winograd.work(call, gradient=not forward).temporary_bytes > held:
+    if winograd.work(call, gradients=gradients).temporary_bytes > held:
         return False
     plain = form.sums == jnp.float32 and all(jnp.issubdtype(dtype, jnp.floating) for dtype in form.dtypes)
     configured = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
@@ -94,12 +101,12 @@ def _may_filter(form: Any, call: Call, forward: bool) -> bool:
     return plain and default and FILTERED[0] <= few and many <= FILTERED[1]
 
 
-def cost(name: str, call: Call, *, gradient: bool, bfloat16: bool = False) -> float:
-    """Nanoseconds for the result, or both gradients, on a CPU, by the cost rule.
+def cost(name: str, call: Call, *, gradients: int, bfloat16: bool = False) -> float:
+    """Nanoseconds for the result, or one or both gradients, on a CPU, by the cost rule.
 
     Operands in bfloat16 are multiplied twice as fast, but for `winograd`, which transforms them in float32.
     """
-    work = LOWERINGS[name].work(call, gradient=gradient)
+    work = LOWERINGS[name].work(call, gradients=gradients)
     pace = 2 if bfloat16 and name != "winograd" else 1
     return nanoseconds(name, work.multiply_adds / pace, work.values)
 
@@ -135,7 +142,7 @@ def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
     moved = form.channels_first and name not in _EITHER_LAYOUT
     if form.channels_first and not moved:
         static["channels_first"] = True
-    if not jnp.issubdtype(sums, jnp.floating) or not jnp.issubdtype(x_dtype, jnp.floating):
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in (sums, *form.dtypes)):
         operands = tuple(operand.astype(sums) for operand in operands)  # the libraries mix no other kinds
         x, w, y = _by_role(kind, operands)
     if y is None:

@@ -14,9 +14,7 @@ import numpy as np
 from conv3dt_jax import _activations, _dtype_policy, _identifiers, _layer, constraints, initializers, regularizers
 from conv3dt_jax import _arguments as args
 
-_CLASS_NAMES = ("Conv3DTranspose", "Convolution3DTranspose")
-
-# What Keras's layer does not take, or warns of, with its default: written where it differs.
+# What Keras's layer may not take, or warns of, with its default: written where it differs.
 _OURS = {
     "groups": 1,
     "precision": None,
@@ -25,10 +23,6 @@ _OURS = {
     "batch_input_shape": None,
     "weights": None,
 }
-_KERAS = (
-    "filters", "kernel_size", "strides", "padding", "output_padding", "data_format", "dilation_rate", "activation",
-    "use_bias", "kernel_initializer", "bias_initializer", *_layer.PENALTIES, *_layer.CONSTRAINTS,
-)  # fmt: skip
 # Where Keras keeps each kind, and the names in its files for the classes that stand for them here.
 _MODULES = {
     **dict.fromkeys(regularizers.CLASSES.values(), "keras.regularizers"),
@@ -37,18 +31,20 @@ _MODULES = {
 }
 
 
-def to_config(layer: Any) -> dict[str, Any]:
+def to_config(layer: Any, kind: _layer.Kind) -> dict[str, Any]:
     """The config of a layer, whose attributes are in canonical form."""
     config: dict[str, Any] = {"name": layer.name, "trainable": layer.trainable}
     policy = _dtype_policy.name_of(layer.dtype, layer.param_dtype)
     config["dtype"] = policy or (None if layer.dtype is None else layer.dtype.name)
-    for name in _KERAS:
+    for name in kind.of_keras:
         value = getattr(layer, name)
         config[name] = _serialize(name, value, _kind(name)) if name in _layer.FUNCTIONS else _plain(value)
     if policy is None and (layer.dtype is not None or layer.param_dtype != np.float32):
         config["param_dtype"] = layer.param_dtype.name
     return config | {
-        name: _plain(getattr(layer, name)) for name, default in _OURS.items() if getattr(layer, name) != default
+        name: _plain(getattr(layer, name))
+        for name, default in _OURS.items()
+        if name not in kind.of_keras and getattr(layer, name) != default
     }
 
 
@@ -127,10 +123,10 @@ def _is_known(kind: str, name: str) -> bool:
 
 
 def from_config(
-    config: Mapping[str, Any], known: Collection[str], custom_objects: Mapping[str, Any] | None
+    config: Mapping[str, Any], kind: _layer.Kind, known: Collection[str], custom_objects: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The arguments that a config means, for the constructor of a layer that knows the arguments ``known``."""
-    config = _unwrap(config)
+    config = _unwrap(config, kind)
     known = set(known) - {"parent"}
     unknown = sorted(map(str, set(config) - known))
     if unknown:
@@ -156,15 +152,15 @@ def from_config(
     return arguments
 
 
-def _unwrap(config: Any) -> Mapping[str, Any]:
+def _unwrap(config: Any, kind: _layer.Kind) -> Mapping[str, Any]:
     """The layer's own config, out of the form in which a saved model holds it."""
     if not isinstance(config, Mapping):
         raise TypeError(f"from_config: the config must be a dict, not {type(config).__name__}.")
     if "class_name" not in config:
         return config
     name, inner = config["class_name"], config.get("config")
-    if name not in _CLASS_NAMES or not isinstance(inner, Mapping):
-        raise ValueError(f"from_config: this is the config of {name!r}; a layer of {_CLASS_NAMES[0]!r} is wanted.")
+    if name not in kind.names or not isinstance(inner, Mapping):
+        raise ValueError(f"from_config: this is the config of {name!r}; a layer of {kind.name!r} is wanted.")
     return inner
 
 

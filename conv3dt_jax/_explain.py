@@ -13,8 +13,10 @@ from jax.typing import DTypeLike
 
 from conv3dt_jax import _arguments as args
 from conv3dt_jax import _choice, _operands
+from conv3dt_jax._convolution_spec import ConvolutionSpec
+from conv3dt_jax._operation import read
 from conv3dt_jax._primitives import Form
-from conv3dt_jax._spec import Conv3DTransposeSpec
+from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
 from conv3dt_jax.lowerings import LOWERINGS
 from conv3dt_jax.lowerings._work import Call
 
@@ -23,8 +25,9 @@ from conv3dt_jax.lowerings._work import Call
 class Plan:
     """How one platform computes the result, or both gradients.
 
-    ``multiply_adds`` are those made, zeros included; ``temporary_bytes`` an estimate of the most held at a time beside
-    operands and results (on a CPU; accelerators choose for themselves).
+    ``lowering`` names two where those of a convolution with strides, one of them a transposed convolution, are computed
+    apart and differently. ``multiply_adds`` are those made, zeros included; ``temporary_bytes`` an estimate of the most
+    held at a time beside operands and results (on a CPU; accelerators choose for themselves).
     """
 
     lowering: str
@@ -79,7 +82,7 @@ class Explanation:
 
 def explain(
     input_shape: Sequence[int],
-    spec: Conv3DTransposeSpec,
+    spec: Conv3DTransposeSpec | Conv3DSpec,
     *,
     dtype: DTypeLike = jnp.float32,
     output_size: Sequence[int] | None = None,
@@ -114,8 +117,8 @@ def explain(
       >>> plan.forward["cpu"].lowering
       'matmul'
     """
-    if not isinstance(spec, Conv3DTransposeSpec):
-        raise TypeError(f"`spec` must be a Conv3DTransposeSpec, not {type(spec).__name__}.")
+    if not isinstance(spec, ConvolutionSpec):
+        raise TypeError(f"`spec` must be a Conv3DTransposeSpec or a Conv3DSpec, not {type(spec).__name__}.")
     for platform in platforms:
         args.choice("platforms", platform, _choice.PLATFORMS)
     shape = args.shape("input_shape", input_shape)
@@ -124,17 +127,9 @@ def explain(
     _operands.check_shapes(spec, channels, kernel_shape, None)
     operand = jax.ShapeDtypeStruct((), args.dtype_value("dtype", dtype) or jnp.float32)
     sums, result = _operands.result_dtypes(spec, operand, operand)
-    form = Form(
-        geometry=spec.geometry(spatial, output_size),
-        channels=channels,
-        filters=spec.filters,
-        groups=spec.groups,
-        dtypes=(operand.dtype, operand.dtype, result),
-        sums=sums,
-        precision=spec.precision,
-        implementation=spec.implementation,
-        channels_first=spec.data_format == "channels_first",
-    )
+    geometry = spec.geometry(spatial, output_size)
+    reading = read(spec, geometry, channels, operand.dtype, sums, result)
+    forward, backward = (["outputs"], ["gradients"]) if reading.outputs else (["inputs"], ["outputs", "kernel"])
     batch = math.prod(batch_dims)
     output_shape = spec.output_shape(shape, output_size)
     explanation = Explanation(
@@ -142,27 +137,36 @@ def explain(
         kernel_shape=kernel_shape,
         output_shape=output_shape,
         dtype=str(operand.dtype),
-        multiply_adds=math.prod((batch, *spatial, *kernel_shape[:3], channels, spec.filters)) // spec.groups,
+        multiply_adds=batch * math.prod(axis.n for axis in geometry) * math.prod(kernel_shape),
         input_bytes=math.prod(shape) * operand.dtype.itemsize,
         kernel_bytes=math.prod(kernel_shape) * operand.dtype.itemsize,
         output_bytes=math.prod(output_shape) * result.itemsize,
-        forward={platform: _plan("outputs", platform, form, batch) for platform in platforms},
-        gradients={platform: _plan("gradients", platform, form, batch) for platform in platforms},
+        forward={platform: _plan(forward, platform, reading.form, batch) for platform in platforms},
+        gradients={platform: _plan(backward, platform, reading.form, batch) for platform in platforms},
     )
     print(explanation)
     return explanation
 
 
-def _plan(kind: str, platform: str, form: Form, batch: int) -> Plan:
+def _plan(kinds: Sequence[str], platform: str, form: Form, batch: int) -> Plan:
+    """The plan for primitives that are computed one after the other."""
     if batch == 0 or any(axis.is_empty for axis in form.geometry):
         return Plan("none", "the result is empty, or zeros and bias", 0, 0)
-    if form.implementation == "auto":
-        name, reason = _choice.decide(kind, platform, form, batch)
-    else:
-        name, reason = form.implementation, "named by `implementation`"
     call = Call.of(form, batch, _choice.room_for(platform, form, batch))
-    work: Any = LOWERINGS[name].work(call, gradient=kind == "gradients")
-    return Plan(name, reason, work.multiply_adds, work.temporary_bytes)
+    plans = []
+    for kind in kinds:
+        if form.implementation == "auto":
+            name, reason = _choice.decide(kind, platform, form, batch)
+        else:
+            name, reason = form.implementation, "named by `implementation`"
+        work: Any = LOWERINGS[name].work(call, gradients=_choice.GRADIENTS[kind])
+        plans.append(Plan(name, reason, work.multiply_adds, work.temporary_bytes))
+    return Plan(
+        lowering=" and ".join(dict.fromkeys(plan.lowering for plan in plans)),
+        reason="; ".join(dict.fromkeys(plan.reason for plan in plans)),
+        multiply_adds=sum(plan.multiply_adds for plan in plans),
+        temporary_bytes=max(plan.temporary_bytes for plan in plans),
+    )
 
 
 def _size(size: float) -> str:

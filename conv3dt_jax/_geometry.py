@@ -1,4 +1,4 @@
-"""Integer geometry of a transposed convolution: lengths, crops and phases of one axis.
+"""Integer geometry of a transposed convolution, and of the convolution that it is the adjoint of: one axis.
 
 Symbols, per spatial axis (A guide to convolution arithmetic, arXiv:1603.07285):
 
@@ -6,10 +6,11 @@ Symbols, per spatial axis (A guide to convolution arithmetic, arXiv:1603.07285):
     k   kernel size (taps)      d   dilation            lo   first kept element of the full result
     ke = (k - 1) * d + 1        effective kernel        full = (n - 1) * s + ke
 
-Input ``i`` and tap ``t`` meet at position ``i * s + t * d`` of the full result.
+Input ``i`` and tap ``t`` meet at position ``i * s + t * d`` of the full result. A convolution reads the same axis
+backward: from ``out`` elements to ``n``, with ``lo`` elements of padding before them.
 
-Only the standard library is imported here. ``n`` may be a symbolic dimension of ``jax.export``: every formula keeps the
-part that does not depend on ``n`` a plain integer.
+Only the standard library is imported here. Lengths may be symbolic dimensions of ``jax.export``: every formula keeps
+the part that does not depend on them a plain integer.
 """
 
 from __future__ import annotations
@@ -97,6 +98,31 @@ def reachable_sizes(n: Any, k: int, s: int, d: int, padding: Any, limit: int) ->
     low = resolve_axis(n, k, s, d, padding, 0).out
     high = resolve_axis(n, k, s, d, padding, limit - 1).out
     return (low if _is_zero(n) else max(low, 1)), max(high, default)
+
+
+def resolve_adjoint_axis(m: Any, k: int, s: int, d: int, padding: Any) -> Axis:
+    """The axis that a convolution of ``m`` elements reads backward, with TensorFlow's "same".
+
+    "circular" has the other end where "same" has zeros; explicit padding ``(p0, p1)`` is what is added at the ends.
+    """
+    ke = effective_kernel(k, d)
+    if padding in ("same", "circular"):
+        n, added = -(-m // s), max(ke - s + (-m % s if s > 1 else 0), 0) if ke > 1 else 0
+        return Axis(n, k, s, d, added // 2, m, wraps=padding == "circular")
+    before, after = (0, 0) if padding == "valid" else padding
+    return Axis(_not_negative((m + before + after - ke) // s + 1, m), k, s, d, before, m)
+
+
+def turned(axis: Axis) -> Axis | None:
+    """Without strides, the axis on which a transposed convolution with the kernel turned around is the convolution.
+
+    ``x[j] = sum_t y[j + t * d - lo] w[t]`` adds ``y[i]`` times tap ``k - 1 - t`` to ``x[i + t * d - (ke - 1 - lo)]``.
+    None where more is padded than a kernel reaches, so that nothing is cropped.
+    """
+    lo = axis.ke - 1 - axis.lo
+    if axis.s > 1 or lo < 0:
+        return None
+    return Axis(axis.out, axis.k, 1, axis.d, lo, axis.n, axis.wraps)
 
 
 def tap_phases(axis: Axis) -> tuple[tuple[int, int], ...]:

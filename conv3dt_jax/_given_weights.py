@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from conv3dt_jax import _arguments as args
-from conv3dt_jax._spec import Conv3DTransposeSpec
+from conv3dt_jax._convolution_spec import ConvolutionSpec
 
 
 class GivenWeights(Sequence[np.ndarray]):
@@ -26,7 +26,7 @@ class GivenWeights(Sequence[np.ndarray]):
         self._digest = digest.digest()
 
     @classmethod
-    def of(cls, value: Any, spec: Conv3DTransposeSpec, dtype: np.dtype) -> GivenWeights:
+    def of(cls, value: Any, spec: ConvolutionSpec, dtype: np.dtype) -> GivenWeights:
         """Checks the arrays of ``weights=`` against a layer's arguments."""
         if isinstance(value, cls):
             arrays = list(value)
@@ -34,10 +34,10 @@ class GivenWeights(Sequence[np.ndarray]):
             arrays = [_array(item) for item in value]
         else:
             raise TypeError(f"`weights` must be a list of arrays, [kernel, bias], not {type(value).__name__}.")
-        wanted = ["(kd, kh, kw, filters // groups, channels)", "(filters,)"][: 1 + spec.use_bias]
+        wanted = [f"(kd, kh, kw, {spec.kernel_layout})", "(filters,)"][: 1 + spec.use_bias]
         shapes = [array.shape for array in arrays]
-        fits = len(shapes) == len(wanted) and len(shapes[0]) == 5 and shapes[0][-1] > 0
-        if not fits or shapes != [spec.kernel_shape(shapes[0][-1]), (spec.filters,)][: len(wanted)]:
+        fits = len(shapes) == len(wanted) and len(shapes[0]) == 5 and 0 not in shapes[0]
+        if not fits or shapes != [spec.kernel_shape(spec.channels_of(shapes[0])), (spec.filters,)][: len(wanted)]:
             raise ValueError(
                 f"`weights` have the shapes {shapes}; the layer takes {len(wanted)}: {' and '.join(wanted)} with "
                 f"kernel_size={spec.kernel_size}, filters={spec.filters}, groups={spec.groups}, "

@@ -1,4 +1,4 @@
-"""What the layers of all frameworks share: defaults of Keras, names to functions, dtype rules."""
+"""What all layers share, of either operation and framework: names to functions, dtype rules, the call."""
 
 from __future__ import annotations
 
@@ -17,21 +17,66 @@ from conv3dt_jax import (
     _initializers,
     _operands,
     constraints,
-    functional,
     initializers,
     regularizers,
 )
 from conv3dt_jax import _arguments as args
+from conv3dt_jax._convolution_spec import ConvolutionSpec
 from conv3dt_jax._given_weights import GivenWeights
 from conv3dt_jax._keras_config import default_data_format
-from conv3dt_jax._spec import Conv3DTransposeSpec
+from conv3dt_jax._operation import run
+from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
+
+# Arguments that a layer keeps in canonical form, so that equal layers are equal and a config has one spelling.
+_OF_CONFIG = ("dtype", "param_dtype", "input_shape", "batch_input_shape", "trainable", "weights")
+PENALTIES = ("kernel_regularizer", "bias_regularizer", "activity_regularizer")
+CONSTRAINTS = ("kernel_constraint", "bias_constraint")
+FUNCTIONS = ("activation", "kernel_initializer", "bias_initializer", *PENALTIES, *CONSTRAINTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One of the two operations as a layer: its names, its specification, and what of this Keras's layer takes too."""
+
+    names: tuple[str, ...]
+    spec: type[ConvolutionSpec]
+    of_keras: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def of_spec(self) -> tuple[str, ...]:
+        """The arguments of the specification."""
+        shared = ("filters", "kernel_size", "strides", "padding", "dilation_rate", "groups", "data_format", "use_bias")
+        return (*shared, "precision", "implementation", *(("output_padding",) if self is TRANSPOSED else ()))
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """All that a layer takes."""
+        return (*self.of_spec, *_OF_CONFIG, *FUNCTIONS)
+
+
+_SIZES = ("filters", "kernel_size", "strides", "padding")
+_FUNCTIONS = ("activation", "use_bias", *FUNCTIONS[1:])
+TRANSPOSED = Kind(
+    names=("Conv3DTranspose", "Convolution3DTranspose"),
+    spec=Conv3DTransposeSpec,
+    of_keras=(*_SIZES, "output_padding", "data_format", "dilation_rate", *_FUNCTIONS),
+)
+ORDINARY = Kind(
+    names=("Conv3D", "Convolution3D"),
+    spec=Conv3DSpec,
+    of_keras=(*_SIZES, "data_format", "dilation_rate", "groups", *_FUNCTIONS),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
     """A layer's checked arguments: the spec of its operation and the functions its names mean."""
 
-    spec: Conv3DTransposeSpec
+    spec: ConvolutionSpec
     activation: _activations.Activation
     kernel_initializer: _initializers.Initializer
     bias_initializer: _initializers.Initializer
@@ -55,33 +100,24 @@ class LayerConfig:
         return self.weights.initializer(0), self.weights.initializer(1)
 
 
-def configure(layer: Any) -> LayerConfig:
+def configure(layer: Any, kind: Kind) -> LayerConfig:
     """Checks the arguments of a layer (its attributes) and resolves what they name.
 
     Raises:
       TypeError, ValueError: as `Conv3DTransposeSpec` does; also what Keras refuses: stride > 1 with dilation > 1,
         ``output_padding >= strides``; and names, configs and shapes that mean nothing.
     """
-    spec = Conv3DTransposeSpec(
-        filters=layer.filters,
-        kernel_size=layer.kernel_size,
-        strides=layer.strides,
-        padding=layer.padding,
-        output_padding=layer.output_padding,
-        dilation_rate=layer.dilation_rate,
-        groups=layer.groups,
-        data_format=default_data_format() if layer.data_format is None else layer.data_format,
-        use_bias=layer.use_bias,
-        precision=layer.precision,
-        implementation=layer.implementation,
-    )
+    arguments = {name: getattr(layer, name) for name in kind.of_spec}
+    if layer.data_format is None:
+        arguments["data_format"] = default_data_format()
+    spec = kind.spec(**arguments)
     spec.check_keras_rules()
     dtype, param_dtype = _dtype_policy.resolve(layer.dtype, layer.param_dtype)
     input_shape, batch_input_shape = _input_shapes(layer.input_shape, layer.batch_input_shape)
     return LayerConfig(
         spec=spec,
         activation=_activations.get("activation", layer.activation),
-        kernel_initializer=initializers.get("kernel_initializer", layer.kernel_initializer, spec.strides, spec.groups),
+        kernel_initializer=_kernel_initializer(layer.kernel_initializer, spec, kind),
         bias_initializer=_bias_initializer(layer.bias_initializer),
         kernel_regularizer=regularizers.get("kernel_regularizer", layer.kernel_regularizer),
         bias_regularizer=regularizers.get("bias_regularizer", layer.bias_regularizer),
@@ -97,6 +133,16 @@ def configure(layer: Any) -> LayerConfig:
     )
 
 
+def _kernel_initializer(identifier: Any, spec: ConvolutionSpec, kind: Kind) -> _initializers.Initializer:
+    found = initializers.get("kernel_initializer", identifier, spec.strides, spec.groups)
+    if kind is ORDINARY and isinstance(found, tuple(initializers.CLASSES.values())):
+        raise ValueError(
+            f"{args.received('kernel_initializer', identifier)} makes kernels of transposed convolutions alone; "
+            f"choose another one for {kind.name}."
+        )
+    return found
+
+
 def _bias_initializer(identifier: Any) -> _initializers.Initializer:
     found = initializers.get("bias_initializer", identifier)
     if isinstance(found, tuple(initializers.CLASSES.values())):
@@ -106,22 +152,10 @@ def _bias_initializer(identifier: Any) -> _initializers.Initializer:
     return found
 
 
-# Arguments that a layer keeps in canonical form, so that equal layers are equal and a config has one spelling.
-_OF_SPEC = (
-    "filters", "kernel_size", "strides", "padding", "output_padding", "dilation_rate", "groups", "data_format",
-    "use_bias", "precision", "implementation",
-)  # fmt: skip
-_OF_CONFIG = ("dtype", "param_dtype", "input_shape", "batch_input_shape", "trainable", "weights")
-PENALTIES = ("kernel_regularizer", "bias_regularizer", "activity_regularizer")
-CONSTRAINTS = ("kernel_constraint", "bias_constraint")
-FUNCTIONS = ("activation", "kernel_initializer", "bias_initializer", *PENALTIES, *CONSTRAINTS)
-ARGUMENTS = (*_OF_SPEC, *_OF_CONFIG, *FUNCTIONS)
-
-
-def canonical(layer: Any) -> dict[str, Any]:
+def canonical(layer: Any, kind: Kind) -> dict[str, Any]:
     """The layer's arguments as it shall keep them: triples, lower-case names, dtypes; hashable, all of them."""
-    config = configure(layer)
-    kept = {name: getattr(config.spec, name) for name in _OF_SPEC}
+    config = configure(layer, kind)
+    kept = {name: getattr(config.spec, name) for name in kind.of_spec}
     kept |= {name: getattr(config, name) for name in (*_OF_CONFIG, *PENALTIES, *CONSTRAINTS)}
     kept |= {name: initializers.kept(getattr(layer, name)) for name in ("kernel_initializer", "bias_initializer")}
     return kept | {"activation": _activations.kept(layer.activation)}
@@ -176,14 +210,14 @@ def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
 def forward(
     config: LayerConfig, inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None, output_size: Any = None
 ) -> jax.Array:
-    """``activation(conv3d_transpose(inputs, kernel) + bias)``, in the layer's dtype."""
+    """``activation(operation(inputs, kernel) + bias)``, in the layer's dtype."""
     if not config.trainable:
         kernel, bias = lax.stop_gradient((kernel, bias))
     dtype = compute_dtype(config, inputs, kernel, bias)
     inputs, kernel = inputs.astype(dtype), kernel.astype(dtype)
     bias = None if bias is None else bias.astype(dtype)
     spec = config.spec if output_size is None else config.spec.without_output_padding()
-    return config.activation(functional.run(inputs, kernel, bias, spec, output_size, keras_rules=True))
+    return config.activation(run(inputs, kernel, bias, spec, output_size, keras_rules=True))
 
 
 def check_drawn(argument: str, value: jax.Array, shape: tuple[int, ...]) -> None:

@@ -10,13 +10,13 @@ import flax.linen as nn
 import jax
 
 from conv3dt_jax import _layer
-from conv3dt_jax.linen import Conv3DTranspose
+from conv3dt_jax.linen import Conv3D, Conv3DTranspose, Layer
 
 Path: TypeAlias = tuple[Any, ...]
 
 
 def find_layers(model: Any, *inputs: Any, **options: Any) -> dict[Path, Any]:
-    """The `Conv3DTranspose` layers of a Linen or NNX model, by their paths among its parameters.
+    """The `Conv3DTranspose` and `Conv3D` layers of a Linen or NNX model, by their paths among its parameters.
 
     `regularization_loss` and `constrain` take the dict. Nothing is computed: the call of a Linen model is traced with
     abstract values, and an NNX model holds its layers.
@@ -58,7 +58,7 @@ def is_layer(candidate: Any) -> bool:
     """Whether something is one of our layers."""
     if is_nnx(candidate):
         return () in _in_nnx(candidate)
-    return isinstance(candidate, Conv3DTranspose)
+    return isinstance(candidate, Layer)
 
 
 def names_in(model: Any) -> set[Any]:
@@ -71,24 +71,25 @@ def names_in(model: Any) -> set[Any]:
 def _in_nnx(model: Any) -> dict[Path, Any]:
     from flax import nnx
 
-    from conv3dt_jax import nnx as ours
+    from conv3dt_jax import _nnx as ours
 
     found: dict[Path, Any] = {}
     for path, module in nnx.iter_modules(model):
         layer = module.to_nnx__module if isinstance(module, nnx.bridge.ToNNX) else module
-        if isinstance(layer, ours.Conv3DTranspose | Conv3DTranspose):
+        if isinstance(layer, ours.Layer | Layer):
             found[tuple(path)] = layer
     return found
 
 
-def _in_linen(model: nn.Module, inputs: Any, options: Any) -> dict[Path, Conv3DTranspose]:
-    found: dict[Path, Conv3DTranspose] = {}
+def _in_linen(model: nn.Module, inputs: Any, options: Any) -> dict[Path, Layer]:
+    found: dict[Path, Layer] = {}
 
     def note(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, Conv3DTranspose) and context.method_name == "__call__":
+        if isinstance(context.module, Layer) and context.method_name == "__call__":
             layer = context.module
-            fields = {name: getattr(layer, name) for name in _layer.ARGUMENTS}
-            found[layer.path] = Conv3DTranspose(**fields, name=layer.name, parent=None)
+            fields = {name: getattr(layer, name) for name in layer.kind.arguments}
+            plain = Conv3DTranspose if layer.kind is _layer.TRANSPOSED else Conv3D
+            found[layer.path] = plain(**fields, name=layer.name, parent=None)
         return call(*args, **kwargs)
 
     flat, tree = jax.tree.flatten((inputs, options))

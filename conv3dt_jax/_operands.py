@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from conv3dt_jax._convolution_spec import ConvolutionSpec
 from conv3dt_jax._geometry import Geometry
-from conv3dt_jax._spec import Conv3DTransposeSpec
 
 
 def array(name: str, value: Any) -> jax.Array:
@@ -25,24 +25,25 @@ def array(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value)
 
 
-def check_kernel_rank(kernel: jax.Array) -> None:
+def kernel(value: Any, channels: str) -> jax.Array:
+    """The kernel as an array of rank 5, whose last two axes are ``channels``."""
+    kernel = array("kernel", value)
     if kernel.ndim != 5:
         raise ValueError(
             f"`kernel` has rank {kernel.ndim} (shape {kernel.shape}); it must be "
-            "(kernel depth, kernel height, kernel width, filters // groups, in_channels)."
+            f"(kernel depth, kernel height, kernel width, {channels})."
         )
     if 0 in kernel.shape:
         raise ValueError(f"`kernel` has shape {kernel.shape}; every one of its sizes must be at least 1.")
+    return kernel
 
 
-def check_shapes(
-    spec: Conv3DTransposeSpec, channels: int, kernel_shape: tuple[int, ...], bias: jax.Array | None
-) -> None:
+def check_shapes(spec: ConvolutionSpec, channels: int, kernel_shape: tuple[int, ...], bias: jax.Array | None) -> None:
     """Channels of the inputs, kernel and bias must fit each other and the spec."""
-    if channels != kernel_shape[-1]:
+    if channels != spec.channels_of(kernel_shape):
         raise ValueError(
             f"the inputs have {channels} channels, but the kernel of shape {tuple(kernel_shape)} takes "
-            f"{kernel_shape[-1]} (its last axis; `data_format={spec.data_format!r}`)."
+            f"{spec.channels_of(kernel_shape)} ({spec.channels_from}; `data_format={spec.data_format!r}`)."
         )
     expected = spec.kernel_shape(channels)
     if tuple(kernel_shape) != expected:
@@ -50,23 +51,23 @@ def check_shapes(
     if bias is not None and bias.shape != (spec.filters,):
         raise ValueError(
             f"`bias` has shape {bias.shape}; it must be ({spec.filters},): one value per filter "
-            "(kernel.shape[3] * groups of them)."
+            f"({spec.filters_from} of them)."
         )
 
 
-def check_size(geometry: Geometry, shape: tuple[int, ...], filters: int, dtype: np.dtype) -> None:
+def check_size(geometry: Geometry, shape: tuple[int, ...], channels: int, dtype: np.dtype) -> None:
     """XLA ends the process over arrays whose bytes it cannot count in 63 bits."""
     if not all(isinstance(size, int) for size in (*shape, *(axis.out for axis in geometry))):
         return
-    largest = math.prod(max(axis.out, axis.full) for axis in geometry)
-    if math.prod(shape[:-4]) * largest * filters * dtype.itemsize >= 2**63:
+    sizes = tuple(max(axis.out, axis.full) for axis in geometry)
+    if math.prod(shape[:-4]) * math.prod(sizes) * channels * dtype.itemsize >= 2**63:
         raise ValueError(
-            f"an output of {tuple(axis.out for axis in geometry)} voxels with {filters} filters has "
+            f"{tuple(axis.out for axis in geometry)} voxels with {channels} channels or filters have "
             "more bytes than can be addressed; reduce `strides`, `dilation_rate` or the kernel's size."
         )
 
 
-def result_dtypes(spec: Conv3DTransposeSpec, inputs: Any, kernel: Any) -> tuple[np.dtype, np.dtype]:
+def result_dtypes(spec: ConvolutionSpec, inputs: Any, kernel: Any) -> tuple[np.dtype, np.dtype]:
     """``(dtype of the sums, dtype of the result)``.
 
     16-bit floats are summed in float32 and returned in their own dtype; integers narrower than 32 bits are summed and

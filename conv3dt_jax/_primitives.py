@@ -3,7 +3,7 @@
     T(x, w, y) = sum_{i, t, c, f} x[i, c] w[t, f, c] y[i * s + t * d - lo, f]
 
     outputs(x, w) = dT/dy,      the transposed convolution,
-    inputs(w, y)  = dT/dx,      its adjoint in x: a convolution with stride s,
+    inputs(w, y)  = dT/dx,      its adjoint in x: the convolution with stride s,
     kernel(x, y)  = dT/dw,      its adjoint in w.
 
 Each is bilinear, its derivative is itself with one operand exchanged, and its transpose is one of the other two; so
@@ -94,6 +94,8 @@ def affine(x: jax.Array, w: jax.Array, b: jax.Array, form: Form) -> jax.Array:
 
 def inputs(w: jax.Array, y: jax.Array, form: Form) -> jax.Array:
     """``x[i, c] = sum_{t, f} w[t, f, c] y[i * s + t * d - lo, f]``."""
+    if any(_is_explicitly_sharded(operand) for operand in (w, y)):
+        return _choice.run("inputs", "default", form, w, y)
     return inputs_p.bind(*_equally_varying(w, y), form=form)
 
 

@@ -1,19 +1,85 @@
-"""The specification of a transposed convolution: every static hyper-parameter, checked once."""
+"""The specifications of a transposed convolution and of a convolution: every static hyper-parameter, checked once."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from conv3dt_jax import _arguments as args
-from conv3dt_jax._geometry import AXIS_NAMES, Axis, Geometry, reachable_sizes, resolve_axis, resolve_axis_to_size
-
-IMPLEMENTATIONS = ("auto", "dilated", "matmul", "phases", "winograd")
+from conv3dt_jax._convolution_spec import IMPLEMENTATIONS as IMPLEMENTATIONS
+from conv3dt_jax._convolution_spec import ConvolutionSpec
+from conv3dt_jax._geometry import (
+    AXIS_NAMES,
+    Axis,
+    reachable_sizes,
+    resolve_adjoint_axis,
+    resolve_axis,
+    resolve_axis_to_size,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Conv3DTransposeSpec:
+class Conv3DSpec(ConvolutionSpec):
+    """Every static hyper-parameter of a 3-D convolution; frozen, hashable, validated on construction.
+
+    As `Conv3DTransposeSpec`, whose arguments these are, but for ``output_padding``, which has no meaning here, and what
+    follows. `init`, `apply` and `explain` take either.
+
+    Args:
+      filters: number of output channels F.
+      kernel_size: taps per axis (kd, kh, kw).
+      strides: input steps per output element.
+      padding: "valid", "same" or "circular" (any case), or what is added at the ends of each axis: an int, 3 ints or
+        3 pairs.
+      dilation_rate: input steps between two taps; this and all that follow by name alone.
+      groups: see `Conv3DTransposeSpec`, as for the rest.
+      data_format: see there.
+      use_bias: see there.
+      precision: see there.
+      preferred_element_type: see there.
+      implementation: see there.
+
+    Raises:
+      TypeError, ValueError: as `Conv3DTransposeSpec` does.
+
+    Example:
+      >>> import conv3dt_jax as c3t
+      >>> spec = c3t.Conv3DSpec(filters=8, kernel_size=3, strides=2, padding="SAME")
+      >>> spec.output_shape((1, 4, 5, 6, 3))
+      (1, 2, 3, 3, 8)
+      >>> spec.kernel_shape(3)
+      (3, 3, 3, 3, 8)
+    """
+
+    padded: ClassVar[str] = "added"
+    kernel_layout: ClassVar[str] = "in_channels // groups, filters"
+    channels_from: ClassVar[str] = "kernel.shape[3] * groups"
+    filters_from: ClassVar[str] = "kernel.shape[4]"
+
+    def kernel_shape(self, in_channels: int) -> tuple[int, int, int, int, int]:
+        """``(kd, kh, kw, in_channels // groups, filters)``."""
+        return (*self.kernel_size, self._checked_channels(in_channels) // self.groups, self.filters)
+
+    def channels_of(self, kernel_shape: Sequence[int]) -> int:
+        """``kernel_shape[3] * groups``."""
+        return kernel_shape[3] * self.groups
+
+    def length(self, axis: Axis) -> Any:
+        """The output's length along an axis: a convolution reads it backward."""
+        return axis.n
+
+    def _axis(self, index: int, n: Any, size: Any, keras_rules: bool) -> Axis:
+        padding = self.padding if isinstance(self.padding, str) else self.padding[index]
+        axis = resolve_adjoint_axis(n, self.kernel_size[index], self.strides[index], self.dilation_rate[index], padding)
+        if isinstance(axis.n, int) and axis.n < 1 and n >= 1:
+            full = f"the kernel covers {axis.ke}"
+            raise self._no_output(index, n, "", axis.n, full, "pad more, or use a larger input or a smaller kernel")
+        return axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv3DTransposeSpec(ConvolutionSpec):
     """Every static hyper-parameter of a transposed 3-D convolution; frozen, hashable, validated on construction.
 
     Sizes are integers, one for all axes or three for (depth, height, width). They are stored in canonical form
@@ -26,7 +92,7 @@ class Conv3DTransposeSpec:
       padding: "valid", "same" or "circular" (any case), or the crop of the full result: an int, 3 ints or 3 pairs.
       output_padding: elements added at the end of each axis, below ``max(strides, dilation_rate)``; None infers the
         output shape from ``strides`` alone.
-      dilation_rate: output steps between two taps.
+      dilation_rate: output steps between two taps; this and all that follow by name alone.
       groups: number of blocks that input channels and filters are split into.
       data_format: "channels_last" or "channels_first".
       use_bias: whether `init` makes a bias and `apply` wants one.
@@ -49,43 +115,19 @@ class Conv3DTransposeSpec:
       (1, 8, 10, 12, 8)
     """
 
-    filters: int
-    kernel_size: Any
-    strides: Any = 1
-    padding: Any = "valid"
     output_padding: Any = None
-    dilation_rate: Any = 1
-    groups: int = 1
-    data_format: str = "channels_last"
-    use_bias: bool = True
-    precision: Any = None
-    preferred_element_type: Any = None
-    implementation: str = "auto"
+
+    padded: ClassVar[str] = "cropped"
+    kernel_layout: ClassVar[str] = "filters // groups, in_channels"
+    channels_from: ClassVar[str] = "its last axis"
+    filters_from: ClassVar[str] = "kernel.shape[3] * groups"
 
     def __post_init__(self) -> None:
         given_output_padding = self.output_padding
         if self.output_padding is not None:
             self._set("output_padding", args.triple("output_padding", self.output_padding, minimum=0))
-        self._set("filters", args.integer("filters", self.filters, minimum=1))
-        self._set("kernel_size", args.triple("kernel_size", self.kernel_size, minimum=1))
-        self._set("strides", args.triple("strides", self.strides, minimum=1))
-        self._set("padding", args.padding_value(self.padding))
-        self._set("dilation_rate", args.triple("dilation_rate", self.dilation_rate, minimum=1))
-        self._set("groups", args.integer("groups", self.groups, minimum=1))
-        self._set("data_format", args.choice("data_format", self.data_format, args.DATA_FORMATS))
-        self._set("use_bias", args.boolean("use_bias", self.use_bias))
-        self._set("precision", args.precision_value(self.precision))
-        self._set("preferred_element_type", args.dtype_value("preferred_element_type", self.preferred_element_type))
-        self._set("implementation", args.choice("implementation", self.implementation, IMPLEMENTATIONS))
+        super().__post_init__()
         self._check_output_padding(given_output_padding)
-        if self.filters % self.groups:
-            raise ValueError(
-                f"`filters={self.filters}` must be divisible by `groups={self.groups}`; "
-                f"the nearest are {_nearest_multiples(self.filters, self.groups)}."
-            )
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
 
     def _check_output_padding(self, given: Any) -> None:
         if self.output_padding is None:
@@ -105,11 +147,7 @@ class Conv3DTransposeSpec:
 
     def check_keras_rules(self) -> None:
         """Raises what Keras refuses beyond the function: stride with dilation, output_padding >= stride."""
-        if max(self.strides) > 1 and max(self.dilation_rate) > 1:
-            raise ValueError(
-                f"`strides={self.strides}` and `dilation_rate={self.dilation_rate}` cannot both be above 1 in the "
-                "layer; set one of them to 1, or call conv3d_transpose, which takes both."
-            )
+        super().check_keras_rules()
         for name, extra, s in zip(AXIS_NAMES, self.output_padding or (0, 0, 0), self.strides, strict=True):
             if extra >= s:
                 raise ValueError(
@@ -123,43 +161,16 @@ class Conv3DTransposeSpec:
 
     def kernel_shape(self, in_channels: int) -> tuple[int, int, int, int, int]:
         """``(kd, kh, kw, filters // groups, in_channels)``."""
-        in_channels = args.integer("in_channels", in_channels, minimum=1)
-        if in_channels % self.groups:
-            raise ValueError(
-                f"the inputs have {in_channels} channels, which `groups={self.groups}` does not divide; "
-                f"the nearest numbers that do are {_nearest_multiples(in_channels, self.groups)}."
-            )
-        return (*self.kernel_size, self.filters // self.groups, in_channels)
+        channels = self._checked_channels(in_channels)
+        return (*self.kernel_size, self.filters // self.groups, channels)
 
-    def split_shape(self, input_shape: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, Any, Any], Any]:
-        """``(batch dimensions, (depth, height, width), channels)`` of an input shape."""
-        shape = tuple(input_shape)
-        layout = "(depth, height, width, channels)"
-        if self.data_format == "channels_first":
-            layout = "(channels, depth, height, width)"
-        if len(shape) < 4:
-            raise ValueError(
-                f"the inputs have rank {len(shape)} (shape {shape}); they must be {layout} behind any number of batch "
-                f"dimensions, usually one: rank 5, with `data_format={self.data_format!r}`."
-            )
-        if self.data_format == "channels_first":
-            return shape[:-4], shape[-3:], shape[-4]
-        return shape[:-4], shape[-4:-1], shape[-1]
+    def channels_of(self, kernel_shape: Sequence[int]) -> int:
+        """``kernel_shape[4]``."""
+        return kernel_shape[4]
 
-    def join_shape(self, batch: Sequence[Any], spatial: Sequence[Any], channels: Any) -> tuple[Any, ...]:
-        """The inverse of `split_shape`."""
-        if self.data_format == "channels_first":
-            return (*batch, channels, *spatial)
-        return (*batch, *spatial, channels)
-
-    def geometry(self, spatial: Sequence[Any], output_size: Any = None, *, keras_rules: bool = False) -> Geometry:
-        """The three axes for an input of ``spatial`` sizes, or a ValueError that says which leaves no output.
-
-        ``keras_rules`` narrows what ``output_size`` may ask for to output paddings below the stride.
-        """
-        sizes = (None,) * 3 if output_size is None else self._output_sizes(output_size)
-        depth, height, width = (self._axis(i, n, sizes[i], keras_rules) for i, n in enumerate(spatial))
-        return depth, height, width
+    def length(self, axis: Axis) -> Any:
+        """The output's length along an axis."""
+        return axis.out
 
     def _output_sizes(self, output_size: Any) -> tuple[Any, ...]:
         if self.output_padding is not None:
@@ -187,32 +198,7 @@ class Conv3DTransposeSpec:
             return resolve_axis_to_size(n, k, s, d, padding, size)
         axis = resolve_axis(n, k, s, d, padding, None if self.output_padding is None else self.output_padding[index])
         if isinstance(axis.out, int) and axis.out < 1 and n >= 1:
-            raise ValueError(
-                f"`padding={self.padding!r}` leaves no output along {AXIS_NAMES[index]}: an input of {n} with kernel "
-                f"{k}, stride {s}, dilation {d}, output_padding "
-                f"{self.output_padding[index] if self.output_padding else 0} gives {axis.out} elements "
-                f"(the full result has {axis.full}); crop less or use a larger input."
-            )
+            more = f", output_padding {self.output_padding[index] if self.output_padding else 0}"
+            full = f"the full result has {axis.full}"
+            raise self._no_output(index, n, more, axis.out, full, "crop less or use a larger input")
         return axis
-
-    def output_shape(self, input_shape: Sequence[Any], output_size: Any = None) -> tuple[Any, ...]:
-        """The output's shape for inputs of ``input_shape``, without computing anything."""
-        batch, spatial, _ = self.split_shape(args.shape("input_shape", input_shape))
-        geometry = self.geometry(spatial, output_size)
-        return self.join_shape(batch, [axis.out for axis in geometry], self.filters)
-
-    def partial_output_shape(self, input_shape: Sequence[Any]) -> tuple[Any, ...]:
-        """The output's shape where None stands for sizes that are not known."""
-        if not args.is_sequence(input_shape):
-            raise TypeError(f"{args.received('input_shape', input_shape)} must be a shape: integers or None.")
-        given = (None if n is None else args.dimension("input_shape", n, whole=input_shape) for n in input_shape)
-        batch, spatial, channels = self.split_shape(tuple(given))
-        if channels is not None:
-            self.kernel_shape(channels)
-        out = [None if n is None else self._axis(i, n, None, keras_rules=True).out for i, n in enumerate(spatial)]
-        return self.join_shape(batch, out, self.filters)
-
-
-def _nearest_multiples(value: int, divisor: int) -> str:
-    below = value // divisor * divisor
-    return f"{below} and {below + divisor}" if below else str(divisor)

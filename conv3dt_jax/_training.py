@@ -25,7 +25,7 @@ def regularization_loss(variables: Any, layers: Any = None, *, losses: Any = Non
       variables: an NNX model, or the parameters of a Linen layer or model (nested dicts), or a dict of collections with
         "params", "losses" or both. The losses of the collection "losses", where activity regularizers leave theirs,
         are added; those of an NNX model are what the latest call of each layer left in it.
-      layers: whose regularizers are meant: a `Conv3DTranspose`, or layers by their paths among the parameters, as
+      layers: whose regularizers are meant: one of our layers, or layers by their paths among the parameters, as
         `find_layers` gives them (a path is a tuple of names, or the names joined by "/"). Layers with
         ``trainable=False`` have no penalty on their parameters. None where there are no parameters, "losses" alone, and
         for an NNX model, which holds its layers.
@@ -99,7 +99,7 @@ def _variables_of_losses(state: Any) -> list[Any]:
 def _loss_of_nnx(model: Any, layers: Any, losses: Any) -> jax.Array:
     from flax import nnx
 
-    from conv3dt_jax.nnx import kept_losses
+    from conv3dt_jax._nnx import kept_losses
 
     if layers is not None:
         raise TypeError("`layers` are for Linen; an NNX model holds its layers.")
@@ -114,7 +114,7 @@ def _penalized(layers: Mapping[Path, Any]) -> list[tuple[Path, str]]:
     """The parameters that have a penalty: the paths of their layers, and their names."""
     found = []
     for path, layer in layers.items():
-        config = _layer.configure(layer)
+        config = _layer.configure(layer, layer.kind)
         for name in ("kernel", "bias") if config.trainable else ():
             if getattr(config, f"{name}_regularizer") is not None and (name != "bias" or config.spec.use_bias):
                 found.append((path, name))
@@ -124,7 +124,8 @@ def _penalized(layers: Mapping[Path, Any]) -> list[tuple[Path, str]]:
 def _penalties(layers: Mapping[Path, Any], parameters: Mapping[Path, Any]) -> Iterator[jax.Array]:
     """The penalty of each parameter; one for each of the layers where many are stacked."""
     for path, parameter in parameters.items():
-        config, name, value = _layer.configure(layers[path[:-1]]), str(path[-1]), _value(parameter)
+        layer, name, value = layers[path[:-1]], str(path[-1]), _value(parameter)
+        config = _layer.configure(layer, layer.kind)
         _check_shape(path, config, value)
         penalty = functools.partial(_layer.penalty, f"{name}_regularizer", getattr(config, f"{name}_regularizer"))
         yield _stacked(penalty, value, name)(value)
@@ -173,7 +174,7 @@ def constrain(optimizer: optax.GradientTransformation, layers: Any) -> optax.Gra
     Args:
       optimizer: any `optax` transformation, complete: it is the last to see the updates. Put gradient accumulation or
         masks inside of it.
-      layers: a `Conv3DTranspose`, or layers by their paths among the parameters, as `find_layers` gives them; or an
+      layers: one of our layers, or layers by their paths among the parameters, as `find_layers` gives them; or an
         NNX model. The optimizer is then one for `flax.nnx.Optimizer`, also where that is for a part of the parameters.
 
     Returns:
@@ -228,7 +229,7 @@ def _projections(layers: Mapping[Path, Any]) -> dict[Path, Projection]:
     """By the path of a parameter, its layer's config and its constraint; None for what is not trained."""
     found: dict[Path, Projection] = {}
     for path, layer in layers.items():
-        config = _layer.configure(layer)
+        config = _layer.configure(layer, layer.kind)
         for name in ("kernel", "bias") if config.spec.use_bias else ("kernel",):
             constraint = getattr(config, f"{name}_constraint")
             if constraint is not None or not config.trainable:
@@ -260,7 +261,7 @@ def _by_path(layers: Any) -> dict[Path, Any]:
     for path, layer in (layers if isinstance(layers, Mapping) else {(): layers}).items():
         if not _models.is_layer(layer):
             raise TypeError(
-                f"`layers` must be a Conv3DTranspose, or a dict of them by path, not {type(layer).__name__}; for a "
+                f"`layers` must be one of our layers, or a dict of them by path, not {type(layer).__name__}; for a "
                 "model use find_layers(model, inputs)."
             )
         found[tuple(path.split("/")) if isinstance(path, str) else tuple(path)] = layer

@@ -1,23 +1,20 @@
-"""The operation: layout, then spec, then the choice of a lowering, then bias."""
+"""The pure functions: both operations on arrays, and with parameters apart from compute by a specification."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from conv3dt_jax import _arguments as args
-from conv3dt_jax import _batching as _batching  # registers the rules of jax.vmap
-from conv3dt_jax import _operands, _primitives, initializers
-from conv3dt_jax._choice import check_named
-from conv3dt_jax._geometry import Geometry
-from conv3dt_jax._spec import Conv3DTransposeSpec
+from conv3dt_jax import _operands, initializers
+from conv3dt_jax._convolution_spec import ConvolutionSpec
+from conv3dt_jax._operation import run
+from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
 
 Implementation = Literal["auto", "dilated", "matmul", "phases", "winograd"]
 
@@ -106,8 +103,7 @@ def conv3d_transpose(
       Dumoulin and Visin, A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
       Zeiler et al., Deconvolutional networks, CVPR 2010.
     """
-    kernel = _operands.array("kernel", kernel)
-    _operands.check_kernel_rank(kernel)
+    kernel = _operands.kernel(kernel, Conv3DTransposeSpec.kernel_layout)
     spec = Conv3DTransposeSpec(
         filters=kernel.shape[3] * args.integer("groups", groups, minimum=1),
         kernel_size=kernel.shape[:3],
@@ -123,6 +119,95 @@ def conv3d_transpose(
         implementation=implementation,
     )
     return run(inputs, kernel, bias, spec, output_size)
+
+
+def conv3d(
+    inputs: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] | Sequence[Sequence[int]] = "valid",
+    dilation_rate: int | Sequence[int] = 1,
+    groups: int = 1,
+    data_format: str = "channels_last",
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """3-D convolution, as networks call it (a cross-correlation): what `conv3d_transpose` is the adjoint of.
+
+    Per spatial axis, with input length m, kernel k, stride s, dilation d and ``ke = (k - 1) * d + 1``::
+
+        outputs[i, f] = sum_{t, c} inputs[i*s + t*d - lo, c] * kernel[t, c, f] + bias[f]
+
+    zeros outside of the inputs, where
+
+    ================  =====================================  ==========================================
+    padding           outputs n                              lo
+    ================  =====================================  ==========================================
+    "valid"           (m - ke) // s + 1                      0
+    "same"            ceil(m / s)                            max((n - 1)*s + ke - m, 0) // 2
+    (p0, p1)          (m + p0 + p1 - ke) // s + 1            p0
+    "circular"        ceil(m / s)                            as "same", with the other end for its zeros
+    ================  =====================================  ==========================================
+
+    "valid" and "same" are those of Keras and TensorFlow, explicit padding is PyTorch's. An axis of length 0 gives no
+    outputs, or bias. The adjoint of a convolution is `conv3d_transpose` of the same kernel, arguments and
+    ``output_size``: ``sum(conv3d(x, w) * y) == sum(x * conv3d_transpose(y, w, output_size=...))``.
+
+    Dimensions: N batch, (D, H, W) depth, height, width, C input channels, F filters, G groups.
+
+    Args:
+      inputs: ``(..., D, H, W, C)``, or ``(..., C, D, H, W)`` with "channels_first"; any number of batch dimensions.
+      kernel: ``(kd, kh, kw, C // G, F)``, of the inputs' dtype. With G groups, block j of the input channels meets
+        ``kernel[..., j-th block of F]`` and makes block j of the filters.
+      bias: ``(F,)``, of the inputs' or the result's dtype.
+      strides: input steps per output element; an int or three, as all sizes here.
+      padding: "valid", "same" or "circular" in any case, or what is added at the ends of each axis: an int, 3 ints or
+        3 pairs (start, end).
+      dilation_rate: input steps between two taps.
+      groups: G.
+      data_format: "channels_last" or "channels_first".
+      precision: see `jax.lax.conv_general_dilated`.
+      preferred_element_type: as in `conv3d_transpose`, and so are dtypes and rounding.
+      implementation: "auto", or a lowering by name; see `conv3d_transpose`.
+
+    Returns:
+      ``(..., D', H', W', F)``, or ``(..., F, D', H', W')`` with "channels_first".
+
+    Raises:
+      TypeError: an argument of the wrong type, or dtypes that differ.
+      ValueError: a value out of range, shapes that do not fit, or a kernel larger than the padded inputs.
+      NotImplementedError: a lowering chosen by name cannot take this geometry or dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import conv3dt_jax as c3t
+      >>> inputs = jnp.ones((1, 8, 9, 10, 3))
+      >>> kernel = jnp.ones((3, 3, 3, 3, 8))
+      >>> c3t.conv3d(inputs, kernel, strides=2, padding="same").shape
+      (1, 4, 5, 5, 8)
+
+    References:
+      Dumoulin and Visin, A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
+      Lavin and Gray, Fast algorithms for convolutional neural networks, CVPR 2016 ("winograd").
+    """
+    kernel = _operands.kernel(kernel, Conv3DSpec.kernel_layout)
+    spec = Conv3DSpec(
+        filters=kernel.shape[4],
+        kernel_size=kernel.shape[:3],
+        strides=strides,
+        padding=padding,
+        dilation_rate=dilation_rate,
+        groups=groups,
+        data_format=data_format,
+        use_bias=bias is not None,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        implementation=implementation,
+    )
+    return run(inputs, kernel, bias, spec)
 
 
 def output_shape(
@@ -177,7 +262,7 @@ def output_shape(
 
 def init(
     key: jax.Array,
-    spec: Conv3DTransposeSpec,
+    spec: Conv3DTransposeSpec | Conv3DSpec,
     in_channels: int,
     *,
     dtype: DTypeLike = jnp.float32,
@@ -188,14 +273,15 @@ def init(
 
     Args:
       key: a `jax.random` key.
-      spec: the operation.
+      spec: the operation, a `Conv3DTransposeSpec` or a `Conv3DSpec`.
       in_channels: channels C of the inputs.
       dtype: dtype of the parameters.
       kernel_initializer: a Keras name, "trilinear", "icnr", a config dict, or a callable ``(key, shape, dtype)``.
       bias_initializer: likewise.
 
     Returns:
-      ``{"kernel": (kd, kh, kw, F // G, C), "bias": (F,)}``; no "bias" where ``spec.use_bias`` is False.
+      ``{"kernel": (kd, kh, kw, F // G, C), "bias": (F,)}``, or ``(kd, kh, kw, C // G, F)`` for a `Conv3DSpec`; no
+      "bias" where ``spec.use_bias`` is False.
 
     Example:
       >>> import jax
@@ -219,17 +305,17 @@ def init(
 def apply(
     params: Mapping[str, ArrayLike],
     inputs: ArrayLike,
-    spec: Conv3DTransposeSpec,
+    spec: Conv3DTransposeSpec | Conv3DSpec,
     *,
     output_size: Sequence[int] | None = None,
 ) -> jax.Array:
-    """`conv3d_transpose` with the parameters and the specification of `init`.
+    """`conv3d_transpose`, or `conv3d`, with the parameters and the specification of `init`.
 
     Args:
       params: ``{"kernel": ..., "bias": ...}``; "bias" just where ``spec.use_bias``.
       inputs: as in `conv3d_transpose`.
       spec: the operation; hashable, so it may be a static argument of `jax.jit`.
-      output_size: the wanted ``(D, H, W)``, in place of an output padding.
+      output_size: the wanted ``(D, H, W)`` of a transposed convolution, in place of an output padding.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -244,85 +330,10 @@ def apply(
     if not isinstance(params, Mapping) or set(params) != wanted:
         found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(f"`params` must be a mapping with {sorted(wanted)} (`use_bias={spec.use_bias}`), not {found}.")
-    kernel = _operands.array("kernel", params["kernel"])
-    _operands.check_kernel_rank(kernel)
+    kernel = _operands.kernel(params["kernel"], spec.kernel_layout)
     return run(inputs, kernel, params.get("bias"), spec, output_size)
 
 
-def run(
-    inputs: ArrayLike,
-    kernel: jax.Array,
-    bias: ArrayLike | None,
-    spec: Conv3DTransposeSpec,
-    output_size: Sequence[int] | None = None,
-    *,
-    keras_rules: bool = False,
-) -> jax.Array:
-    """The operation behind `conv3d_transpose`, `apply` and the layers: checks the arrays, then computes."""
-    inputs = _operands.array("inputs", inputs)
-    bias = None if bias is None else _operands.array("bias", bias)
-    _, spatial, channels = spec.split_shape(inputs.shape)
-    _operands.check_shapes(spec, channels, kernel.shape, bias)
-    sums, result = _operands.result_dtypes(spec, inputs, kernel)
-    if bias is not None:
-        _operands.check_bias_dtype(bias, inputs.dtype, result)
-    geometry = spec.geometry(spatial, output_size, keras_rules=keras_rules)
-    _operands.check_size(geometry, inputs.shape, spec.filters, sums)
-    if spec.implementation != "auto":
-        check_named(spec.implementation, geometry, sums)
-    return _compute(inputs, kernel, bias, spec=spec, geometry=geometry, sums=sums, result=result)
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "geometry", "sums", "result"))
-def _compute(
-    inputs: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array | None,
-    *,
-    spec: Conv3DTransposeSpec,
-    geometry: Geometry,
-    sums: np.dtype,
-    result: np.dtype,
-) -> jax.Array:
-    batch, spatial, channels = spec.split_shape(inputs.shape)
-    channels_first, space = spec.data_format == "channels_first", tuple(axis.out for axis in geometry)
-    shape = (*batch, spec.filters, *space) if channels_first else (*batch, *space, spec.filters)
-    bias = None if bias is None else bias.astype(sums)
-    if 0 in batch or any(axis.is_empty for axis in geometry):
-        fill = jnp.zeros((spec.filters,), sums) if bias is None else bias
-        filters_dim = len(shape) - (4 if channels_first else 1)
-        return lax.broadcast_in_dim(fill, shape, (filters_dim,)).astype(result)
-    if channels_first:  # the outputs, the larger ones as a rule, are written so by the lowerings
-        inputs = jnp.moveaxis(inputs, -4, -1)
-    inputs = inputs.reshape(-1 if len(batch) != 1 else batch[0], *spatial, channels)
-    return _lower(inputs, kernel, bias, spec, geometry, sums, result).reshape(shape).astype(result)
-
-
-def _lower(
-    inputs: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array | None,
-    spec: Conv3DTransposeSpec,
-    geometry: Geometry,
-    sums: np.dtype,
-    result: np.dtype,
-) -> jax.Array:
-    form = _primitives.Form(
-        geometry=geometry,
-        channels=inputs.shape[-1],
-        filters=spec.filters,
-        groups=spec.groups,
-        dtypes=(inputs.dtype, kernel.dtype, result),
-        sums=sums,
-        precision=spec.precision,
-        implementation=spec.implementation,
-        channels_first=spec.data_format == "channels_first",
-    )
-    if bias is None:
-        return _primitives.outputs(inputs, kernel, form)
-    return _primitives.affine(inputs, kernel, bias, form)
-
-
 def _check_spec(spec: Any) -> None:
-    if not isinstance(spec, Conv3DTransposeSpec):
-        raise TypeError(f"`spec` must be a Conv3DTransposeSpec, not {type(spec).__name__}.")
+    if not isinstance(spec, ConvolutionSpec):
+        raise TypeError(f"`spec` must be a Conv3DTransposeSpec or a Conv3DSpec, not {type(spec).__name__}.")

@@ -228,7 +228,7 @@ def test_an_initializer_that_returns_another_shape_is_named() -> None:
 def test_apply_compares_the_kernel_with_the_spec() -> None:
     with pytest.raises(ValueError, match=re.escape("(3, 3, 3, 2, 4), but the specification wants (2, 2, 2, 2, 4)")):
         c3t.apply({"kernel": W}, X, c3t.Conv3DTransposeSpec(2, 2, use_bias=False))
-    with pytest.raises(TypeError, match="must be a Conv3DTransposeSpec, not dict"):
+    with pytest.raises(TypeError, match="must be a Conv3DTransposeSpec or a Conv3DSpec, not dict"):
         c3t.apply({"kernel": W}, X, {})
 
 

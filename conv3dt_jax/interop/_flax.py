@@ -1,7 +1,7 @@
-"""`flax.linen.ConvTranspose` and `flax.nnx.ConvTranspose`: a window slid over the input with zeros put in between.
+"""`ConvTranspose` and `Conv` of `flax.linen` and `flax.nnx`.
 
-Their kernel is ours turned around in space, channels before filters; with ``transpose_kernel=True`` it is ours as it
-is.
+The former is a window slid over the input with zeros put in between: its kernel is ours turned around in space,
+channels before filters; with ``transpose_kernel=True`` it is ours as it is. So is that of `Conv`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from conv3dt_jax._spec import Conv3DTransposeSpec
+from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
 from conv3dt_jax.interop import _common
-from conv3dt_jax.interop._windows import crops, lax_padding, three, turned
+from conv3dt_jax.interop._windows import added, crops, lax_padding, three, turned
 
 
 def from_flax(module: Any, params: Mapping[str, Any] | None = None) -> _common.Params:
-    """Parameters out of a `flax.linen.ConvTranspose` or a `flax.nnx.ConvTranspose`, for `spec_from_flax` of the module.
+    """Parameters out of a `ConvTranspose` or `Conv` of `flax.linen` or `flax.nnx`, for `spec_from_flax` of the module.
 
     Args:
       module: the layer. A mask that it has is multiplied into the kernel.
       params: the parameters of a Linen layer; an NNX layer holds its own.
 
     Returns:
-      ``{"kernel": (kd, kh, kw, F, C), "bias": (F,)}``.
+      ``{"kernel": (kd, kh, kw, F, C), "bias": (F,)}``; the kernel of a `Conv` is ``(kd, kh, kw, C // G, F)``.
 
     Example:
       >>> import numpy as np
@@ -43,16 +43,16 @@ def from_flax(module: Any, params: Mapping[str, Any] | None = None) -> _common.P
     """
     _check_flax(module)
     arrays = _common.checked(meta.unbox(_own_params(module) if params is None else params))
-    _fit_flax(module, arrays, swapped=not module.transpose_kernel)
+    _fit_flax(module, arrays, swapped=not _as_ours(module))
     if module.mask is not None:
         arrays["kernel"] = arrays["kernel"] * np.asarray(module.mask, arrays["kernel"].dtype)
-    if not module.transpose_kernel:
+    if not _as_ours(module):
         arrays["kernel"] = turned(arrays["kernel"]).swapaxes(3, 4)
     return _common.as_jax(arrays)
 
 
 def to_flax(params: Mapping[str, Any], module: Any) -> _common.Params:
-    """Parameters for a `flax.linen.ConvTranspose` or a `flax.nnx.ConvTranspose`; an NNX layer's are set as well.
+    """Parameters for a `ConvTranspose` or `Conv` of `flax.linen` or `flax.nnx`; an NNX layer's are set as well.
 
     Args:
       params: ``{"kernel", "bias"}`` as here.
@@ -70,7 +70,7 @@ def to_flax(params: Mapping[str, Any], module: Any) -> _common.Params:
     _check_flax(module)
     arrays = _common.checked(params)
     _fit_flax(module, arrays, swapped=False)
-    if not module.transpose_kernel:
+    if not _as_ours(module):
         arrays["kernel"] = turned(arrays["kernel"].swapaxes(3, 4))
     result = _common.as_jax(arrays)
     if _is_nnx(module):
@@ -80,12 +80,13 @@ def to_flax(params: Mapping[str, Any], module: Any) -> _common.Params:
     return result
 
 
-def spec_from_flax(module: Any) -> Conv3DTransposeSpec:
-    """The operation of a `flax.linen.ConvTranspose` or `flax.nnx.ConvTranspose`, for `conv3dt_jax.apply`.
+def spec_from_flax(module: Any) -> Conv3DTransposeSpec | Conv3DSpec:
+    """The operation of a `ConvTranspose` or `Conv` of `flax.linen` or `flax.nnx`, for `conv3dt_jax.apply`.
 
     Raises:
-      ValueError: what has no counterpart here: padding beyond a whole kernel, or "CIRCULAR" with ``transpose_kernel``
-        and an odd overlap, which lies one step off.
+      ValueError: what has no counterpart here: of `ConvTranspose` padding beyond a whole kernel, or "CIRCULAR" with
+        ``transpose_kernel`` and an odd overlap, which lies one step off; of `Conv` "CIRCULAR" with strides, an input
+        dilation, other paddings than zeros.
 
     Example:
       >>> import flax.linen as nn
@@ -100,6 +101,14 @@ def spec_from_flax(module: Any) -> Conv3DTransposeSpec:
     common: dict[str, Any] = {"kernel_size": kernel, "strides": strides, "dilation_rate": dilation}
     common["use_bias"] = bool(module.use_bias)
     features = _features(module)
+    if _is_ordinary(module):
+        if three(module.input_dilation) != (1, 1, 1):
+            raise ValueError("input_dilation makes a transposed convolution; use conv3dt_jax.conv3d_transpose for it.")
+        if padding == "CIRCULAR" and max(strides) > 1:
+            raise ValueError(
+                "padding='CIRCULAR' with strides lies otherwise than here; pad with jax.numpy.pad(mode='wrap') before."
+            )
+        return Conv3DSpec(features, padding=added(padding), groups=module.feature_group_count, **common)
     if padding == "CIRCULAR":
         if module.transpose_kernel and any((e - s) % 2 and e > s for e, s in zip(spans, strides, strict=True)):
             raise ValueError(
@@ -111,8 +120,17 @@ def spec_from_flax(module: Any) -> Conv3DTransposeSpec:
 
 
 def _check_flax(module: Any) -> None:
-    if not hasattr(module, "transpose_kernel"):
-        raise TypeError(f"`module` must be a flax.linen.ConvTranspose or flax.nnx.ConvTranspose, not {module!r:.60}.")
+    if not hasattr(module, "transpose_kernel") and not _is_ordinary(module):
+        raise TypeError(f"`module` must be a ConvTranspose or Conv of flax.linen or flax.nnx, not {module!r:.60}.")
+
+
+def _is_ordinary(module: Any) -> bool:
+    return hasattr(module, "feature_group_count") and getattr(module, "shared_weights", True)
+
+
+def _as_ours(module: Any) -> bool:
+    """Whether the kernel has our layout."""
+    return _is_ordinary(module) or module.transpose_kernel
 
 
 def _features(module: Any) -> int:
@@ -122,7 +140,7 @@ def _features(module: Any) -> int:
 def _fit_flax(module: Any, arrays: Mapping[str, np.ndarray], *, swapped: bool) -> None:
     """The parameters must be those of the layer, whatever its input channels."""
     kernel = arrays["kernel"]
-    filters = kernel.shape[4 if swapped else 3]
+    filters = kernel.shape[4 if swapped or _is_ordinary(module) else 3]
     wanted = (three(module.kernel_size), _features(module), bool(module.use_bias))
     if (kernel.shape[:3], filters, "bias" in arrays) != wanted:
         raise ValueError(

@@ -10,7 +10,12 @@ import numpy as np
 
 from conv3dt_jax import _layer
 from conv3dt_jax.interop import _common, _keras_files, _keras_writing
-from conv3dt_jax.linen import Conv3DTranspose
+from conv3dt_jax.linen import Conv3D, Conv3DTranspose, Layer
+
+_LAYERS: dict[str, type[Conv3DTranspose | Conv3D]] = {
+    **dict.fromkeys(Conv3DTranspose.kind.names, Conv3DTranspose),
+    **dict.fromkeys(Conv3D.kind.names, Conv3D),
+}
 
 
 def from_keras(source: Any, layer: str | None = None) -> _common.Params:
@@ -55,12 +60,12 @@ def from_keras(source: Any, layer: str | None = None) -> _common.Params:
 
 def layer_from_keras(
     source: Any, layer: str | None = None, custom_objects: Mapping[str, Any] | None = None
-) -> Conv3DTranspose:
-    """The `Conv3DTranspose` with the arguments of a Keras layer; its parameters are those of `from_keras`.
+) -> Conv3DTranspose | Conv3D:
+    """The `Conv3DTranspose` or `Conv3D` with the arguments of a Keras layer; its parameters are those of `from_keras`.
 
     Args:
       source: a Keras layer or model, or the path of a `.keras` archive or an older `.h5` that holds a model.
-      layer: the layer's name in a model.
+      layer: the layer's name in a model; without it, the one there is, or the one that is transposed.
       custom_objects: functions and classes for names that are not Keras's, as `Conv3DTranspose.from_config` takes them.
 
     Raises:
@@ -75,32 +80,33 @@ def layer_from_keras(
     """
     if isinstance(source, str | os.PathLike):
         path = _common.existing(source)
-        configs = _keras_files.unique(list(_layer_configs(_keras_files.config(path))))
+        found = _keras_files.unique(list(_layer_configs(_keras_files.config(path))))
         name = path.name
     elif _is_model(source):
-        peers = {one: peer for one, peer in _convolutions(source).items() if _is_a(peer, "Conv3DTranspose")}
-        configs, name = {one: peer.get_config() for one, peer in peers.items()}, f"the model {source.name!r}"
-    elif _is_a(source, "Conv3DTranspose"):
+        found = {one: (_class_of(peer), peer.get_config()) for one, peer in _convolutions(source).items()}
+        name = f"the model {source.name!r}"
+    elif (own := _class_of(source)) is not None:
         _check_name(source, layer)
-        return Conv3DTranspose.from_config(source.get_config(), custom_objects)
+        return own.from_config(source.get_config(), custom_objects)
     else:
-        raise ValueError(f"a Keras Conv3DTranspose is wanted, not a {_kind(source)}.")
-    if not configs:
+        raise ValueError(f"a Keras Conv3DTranspose or Conv3D is wanted, not a {_kind(source)}.")
+    if not found:
         raise ValueError(
-            f"{name} shows no transposed 3-D convolution; those within layers of a user's class are not in its config: "
+            f"{name} shows no 3-D convolution; those within layers of a user's class are not in its config: "
             "load the model with Keras, and pass it or the layer."
         )
     if layer is None:
-        if len(configs) != 1:
+        names = [one for one, (own, _) in found.items() if own is Conv3DTranspose] if len(found) > 1 else [*found]
+        if len(names) != 1:
             raise ValueError(
-                f"{name} has {len(configs)} transposed 3-D convolutions: {sorted(configs)}; name one as `layer`."
+                f"{name} has {len(names)} transposed 3-D convolutions among {sorted(found)}; name one as `layer`."
             )
-        (layer,) = configs
-    config = _common.pick(name, configs, layer, lambda one: f"filters {one.get('filters')}")
-    return Conv3DTranspose.from_config(config, custom_objects)
+        (layer,) = names
+    own, config = _common.pick(name, found, layer, lambda one: f"{one[0].kind.name}, filters {one[1].get('filters')}")
+    return own.from_config(config, custom_objects)
 
 
-def to_keras(params: Mapping[str, Any], target: Any, layer: str | Conv3DTranspose | None = None) -> None:
+def to_keras(params: Mapping[str, Any], target: Any, layer: str | Layer | None = None) -> None:
     """Puts parameters into Keras: into a live layer or model, or into a file.
 
     Args:
@@ -109,7 +115,7 @@ def to_keras(params: Mapping[str, Any], target: Any, layer: str | Conv3DTranspos
         layers, whose weights are replaced; or of a file that is to be made: a `.weights.h5` of one layer, a `.keras` of
         one, or a `.h5` of any number, which Keras loads with ``by_name=True``.
       layer: the layer's name in the target, where ``params`` are those of one; for a new `.keras` archive the
-        `Conv3DTranspose` itself, whose arguments go with them.
+        `Conv3DTranspose` or `Conv3D` itself, whose arguments go with them.
 
     Raises:
       ValueError: names, shapes or dtypes that differ from the target's, which then stays as it was; for a new archive,
@@ -123,7 +129,7 @@ def to_keras(params: Mapping[str, Any], target: Any, layer: str | Conv3DTranspos
       ...
       FileNotFoundError: there is no file 'model.keras'.
     """
-    if isinstance(layer, Conv3DTranspose):
+    if isinstance(layer, Layer):
         return _new_archive(_common.checked(params), target, layer)
     changes = _changes(params, layer)
     if isinstance(target, str | os.PathLike):
@@ -148,25 +154,24 @@ def to_keras(params: Mapping[str, Any], target: Any, layer: str | Conv3DTranspos
     return None
 
 
-def _new_archive(arrays: dict[str, np.ndarray], target: Any, layer: Conv3DTranspose) -> None:
+def _new_archive(arrays: dict[str, np.ndarray], target: Any, layer: Layer) -> None:
     path = _common.Path(target)
     if path.suffix != ".keras" or path.exists():
         raise ValueError(
             f"{path} must be a new .keras archive, where `layer` is a layer; else `layer` is a name in it."
         )
-    spec, config = _layer.configure(layer).spec, layer.get_config()
-    extra = set(config) - set(Conv3DTranspose(1, 1).get_config())
+    spec, config = _layer.configure(layer, layer.kind).spec, layer.get_config()
+    extra = set(config) - set(_LAYERS[layer.kind.name](1, 1).get_config())
     if extra or spec.padding not in ("valid", "same"):
         raise ValueError(
             f"Keras's layer has no {', '.join(sorted(extra)) or f'padding={spec.padding!r}'}; no archive is made."
         )
-    wanted = {"kernel": spec.kernel_shape(arrays["kernel"].shape[-1])} | (
-        {"bias": (spec.filters,)} if spec.use_bias else {}
-    )
+    channels = spec.channels_of(arrays["kernel"].shape)
+    wanted = {"kernel": spec.kernel_shape(channels)} | ({"bias": (spec.filters,)} if spec.use_bias else {})
     found = {name: array.shape for name, array in arrays.items()}
     if found != wanted:
         raise ValueError(f"the layer takes {wanted}, but the parameters are {found}.")
-    _keras_writing.create_archive(path, config, arrays)
+    _keras_writing.create_archive(path, layer.kind.name, config, channels, arrays)
 
 
 def _changes(params: Mapping[str, Any], layer: str | None) -> dict[str | None, dict[str, np.ndarray]]:
@@ -211,7 +216,7 @@ def _convolutions(model: Any) -> dict[str, Any]:
             if id(layer) in seen or not hasattr(layer, "name"):
                 continue
             seen.add(id(layer))
-            if _is_a(layer, "Conv3D", "Conv3DTranspose") and layer.weights:
+            if _class_of(layer) is not None and layer.weights:
                 yield f"{path}{layer.name}", layer.name, layer
             else:
                 yield from walk(layer, f"{path}{layer.name}/")
@@ -219,9 +224,9 @@ def _convolutions(model: Any) -> dict[str, Any]:
     return _keras_files.unique(list(walk(model, "")))
 
 
-def _is_a(layer: Any, *names: str) -> bool:
-    """Whether a Keras layer is of one of these classes, or of a class of a user's that derives from one."""
-    return any(kind.__name__ in names for kind in type(layer).__mro__)
+def _class_of(layer: Any) -> type[Conv3DTranspose | Conv3D] | None:
+    """The layer here for one of Keras's, or of a user's class that derives from one (in Keras 2 one from the other)."""
+    return next((_LAYERS[kind.__name__] for kind in type(layer).__mro__ if kind.__name__ in _LAYERS), None)
 
 
 def _arrays(layer: Any) -> dict[str, np.ndarray]:
@@ -234,13 +239,13 @@ def _arrays(layer: Any) -> dict[str, np.ndarray]:
     return {part: np.asarray(value) for part, value in zip(_common.PARTS, values, strict=False)}
 
 
-def _layer_configs(config: Any, path: str = "", top: bool = True) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """(path, name, config) of the transposed 3-D convolutions, wherever they are in a model's config."""
+def _layer_configs(config: Any, path: str = "", top: bool = True) -> Iterator[tuple[str, str, Any]]:
+    """(path, name, (layer, config)) of the 3-D convolutions, wherever they are in a model's config."""
     if isinstance(config, Mapping):
         inner = config.get("config")
         name = str(inner.get("name")) if isinstance(inner, Mapping) else ""
-        if config.get("class_name") in ("Conv3DTranspose", "Convolution3DTranspose") and isinstance(inner, Mapping):
-            yield f"{path}{name}", name, inner
+        if config.get("class_name") in _LAYERS and isinstance(inner, Mapping):
+            yield f"{path}{name}", name, (_LAYERS[config["class_name"]], inner)
             return
         owner = "class_name" in config and not top and name not in ("", "None")
         for value in config.values():

@@ -15,6 +15,9 @@ import numpy as np
 
 from conv3dt_jax.interop import _common, _keras_files
 
+_GROUPS = {"Conv3DTranspose": "conv3d_transpose", "Conv3D": "conv3d"}
+"""Of a layer in a file: the name of its class."""
+
 
 def write(path: Path, changes: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Puts other arrays into layers of a file; all of them, or the file stays as it was."""
@@ -40,23 +43,25 @@ def write(path: Path, changes: Mapping[str, Mapping[str, np.ndarray]]) -> None:
                 copy.writestr(member, data)
 
 
-def create_archive(path: Path, layer: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """A new `.keras` of a `Sequential` model with one transposed convolution, whose config is ``layer``."""
-    name, channels = layer["name"] or "conv3d_transpose", arrays["kernel"].shape[-1]
+def create_archive(
+    path: Path, kind: str, layer: Mapping[str, Any], channels: int, arrays: Mapping[str, np.ndarray]
+) -> None:
+    """A new `.keras` of a `Sequential` model with one convolution: Keras's class ``kind`` with the config ``layer``."""
+    name = layer["name"] or _GROUPS[kind]
     space: list[int | None] = [None] * 3
     shape = [None, channels, *space] if layer["data_format"] == "channels_first" else [None, *space, channels]
     built = {"build_config": {"input_shape": shape}}
     start = {"batch_shape": shape, "dtype": arrays["kernel"].dtype.name, "sparse": False, "name": "input_layer"}
     layers = [
         _keras_object("keras.layers", "InputLayer", start),
-        _keras_object("keras.layers", "Conv3DTranspose", {**layer, "name": name}) | built,
+        _keras_object("keras.layers", kind, {**layer, "name": name}) | built,
     ]
     model = {"name": "sequential", "trainable": True, "layers": layers, "build_input_shape": shape}
     with _common.replacing(path) as new, zipfile.ZipFile(new, "w") as archive:
         archive.writestr("metadata.json", json.dumps({"keras_version": "3.0.0", "date_saved": ""}))
         archive.writestr("config.json", json.dumps(_keras_object("keras", "Sequential", model) | built))
         weights = io.BytesIO()
-        _write_one(weights, name, arrays)
+        _write_one(weights, name, arrays, kind)
         archive.writestr(_keras_files.WEIGHTS, weights.getvalue())
 
 
@@ -88,11 +93,11 @@ def create(path: Path, layers: Mapping[str, Mapping[str, np.ndarray]]) -> None:
                 group.create_dataset(f"{name}/{part}", data=array)
 
 
-def _write_one(target: Any, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """The weights file of a model of one transposed convolution."""
+def _write_one(target: Any, name: str, arrays: Mapping[str, np.ndarray], kind: str = "Conv3DTranspose") -> None:
+    """The weights file of a model of one convolution."""
     h5py = _common.needed("h5py", "keras")
     with h5py.File(target, "w") as file:
-        group = file.create_group("layers/conv3d_transpose/vars")
+        group = file.create_group(f"layers/{_GROUPS[kind]}/vars")
         group.attrs["name"] = name
         for number, array in enumerate(arrays.values()):
             data = group.create_dataset(str(number), data=array)

@@ -1,8 +1,7 @@
 """PyTorch: a module, a `state_dict`, a `.pt` of weights, a `.safetensors`.
 
 ``ConvTranspose3d`` keeps its weight as ``(C, F // G, kd, kh, kw)`` and scatters with it as this package does, so that
-the kernel is the weight with its axes in another order; ``Conv3d``'s ``(F, C // G, kd, kh, kw)`` turns in the same way
-into the layout of `flax.linen.Conv`.
+the kernel is the weight with its axes in another order; so it is for ``Conv3d``, which has ``(F, C // G, kd, kh, kw)``.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from conv3dt_jax._spec import Conv3DTransposeSpec
+from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
 from conv3dt_jax.interop import _common
 
 _TO_KERNEL, _TO_WEIGHT = (2, 3, 4, 1, 0), (4, 3, 0, 1, 2)
@@ -32,9 +31,9 @@ def from_pytorch(source: Any, layer: str | None = None) -> _common.Params:
       layer: the layer's name in a model, "decoder.up".
 
     Returns:
-      ``{"kernel": (kd, kh, kw, F // G, C), "bias": (F,)}`` of the layer; without ``layer`` such
-      dicts by the layers' names,
-      or the parameters themselves where the source is a layer on its own.
+      ``{"kernel": (kd, kh, kw, F // G, C), "bias": (F,)}`` of the layer, the kernel ``(kd, kh, kw, C // G, F)`` of a
+      ``Conv3d``; without ``layer`` such dicts by the layers' names, or the parameters themselves where the source is a
+      layer on its own.
 
     Raises:
       ValueError: no layer of that name (the message lists those there are), or a file that is damaged or unsafe.
@@ -98,11 +97,16 @@ def to_pytorch(params: Mapping[str, Any], target: Any = None, layer: str | None 
     return tensors
 
 
-def spec_from_pytorch(module: Any) -> Conv3DTransposeSpec:
-    """The operation of a ``torch.nn.ConvTranspose3d``: ``apply(from_pytorch(module), inputs, spec)`` gives its output.
+def spec_from_pytorch(module: Any) -> Conv3DTransposeSpec | Conv3DSpec:
+    """The operation of a ``torch.nn.ConvTranspose3d`` or ``torch.nn.Conv3d``.
+
+    ``apply(from_pytorch(module), inputs, spec)`` gives its output.
 
     Args:
       module: the module, or any object with its attributes.
+
+    Raises:
+      ValueError: a ``padding_mode`` other than "zeros", save a "circular" one that is aligned as it is here.
 
     Example:
       >>> from types import SimpleNamespace
@@ -113,22 +117,35 @@ def spec_from_pytorch(module: Any) -> Conv3DTransposeSpec:
       (1, 8, 10, 10, 10)
     """
     names = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "out_channels")
-    _common.wanted("module", module, "torch.nn.ConvTranspose3d", *names)
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        raise ValueError(f"padding_mode={module.padding_mode!r} is none of ConvTranspose3d's; it has 'zeros' alone.")
-    if len(module.kernel_size) != 3 or not getattr(module, "transposed", True):
-        raise TypeError(f"a torch.nn.ConvTranspose3d is wanted, not {type(module).__name__}.")
-    return Conv3DTransposeSpec(
-        filters=module.out_channels,
-        kernel_size=module.kernel_size,
-        strides=module.stride,
-        padding=module.padding,
-        output_padding=module.output_padding,
-        dilation_rate=module.dilation,
-        groups=module.groups,
-        data_format="channels_first",
-        use_bias=module.bias is not None,
-    )
+    _common.wanted("module", module, "torch.nn.ConvTranspose3d or torch.nn.Conv3d", *names)
+    if len(module.kernel_size) != 3:
+        raise TypeError(f"a torch.nn.ConvTranspose3d or torch.nn.Conv3d is wanted, not {type(module).__name__}.")
+    common: dict[str, Any] = {
+        "filters": module.out_channels, "kernel_size": module.kernel_size, "strides": module.stride,
+        "dilation_rate": module.dilation, "groups": module.groups, "use_bias": module.bias is not None,
+        "data_format": "channels_first",
+    }  # fmt: skip
+    mode = getattr(module, "padding_mode", "zeros")
+    if not getattr(module, "transposed", True):
+        return Conv3DSpec(padding=module.padding if mode == "zeros" else _around(module, mode), **common)
+    if mode != "zeros":
+        raise ValueError(f"padding_mode={mode!r} is none of ConvTranspose3d's; it has 'zeros' alone.")
+    return Conv3DTransposeSpec(padding=module.padding, output_padding=module.output_padding, **common)
+
+
+def _around(module: Any, mode: str) -> str:
+    """The padding of a ``Conv3d`` that pads with other things than zeros."""
+    if module.padding == "valid" or not any(map(bool, module.padding)):
+        return "valid"
+    if mode != "circular":
+        raise ValueError(f"padding_mode={mode!r} has no counterpart here; pad the inputs with jax.numpy.pad before.")
+    reach = [(k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    if module.padding != "same" and (max(module.stride) > 1 or [2 * p for p in module.padding] != reach):
+        raise ValueError(
+            f"padding_mode='circular' with stride {module.stride} and padding {module.padding} is not aligned as "
+            "padding='circular' is here; pad the inputs with jax.numpy.pad(mode='wrap') before."
+        )
+    return "circular"
 
 
 def _state(source: Any) -> tuple[str, Mapping[str, Any]]:

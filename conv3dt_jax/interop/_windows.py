@@ -1,7 +1,7 @@
 """What the layers of JAX's own libraries have in common: they slide a window over the input with zeros put in between.
 
 This package scatters instead: their kernels are ours turned around in space, and their padding becomes what is cropped
-from the full result, with an output padding where it reaches beyond it.
+from the full result, with an output padding where it reaches beyond it. Ordinary convolutions are the same everywhere.
 """
 
 from __future__ import annotations
@@ -55,3 +55,14 @@ def crops(pads: Pairs, spans: Sequence[int]) -> dict[str, Any]:
         cropped.append((e - 1 - before, max(e - 1 - after, 0)))
         extra.append(max(after - (e - 1), 0))
     return {"padding": tuple(cropped), "output_padding": tuple(extra)}
+
+
+def added(padding: Any) -> Any:
+    """The padding of an ordinary convolution in a library on `jax.lax`, as that of a `Conv3DSpec`."""
+    if isinstance(padding, str):
+        if padding not in ("SAME", "VALID", "CIRCULAR"):
+            raise ValueError(f"padding={padding!r} has no counterpart here; pad the inputs with jax.numpy.pad before.")
+        return padding
+    return (
+        padding if isinstance(padding, int) else tuple(one if isinstance(one, int) else tuple(one) for one in padding)
+    )

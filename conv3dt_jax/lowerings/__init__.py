@@ -1,4 +1,7 @@
-"""The lowerings, by name. Each has `outputs`, `gradients`, `work` (what they cost) and `refusal` (why not, or None)."""
+"""The lowerings, by name.
+
+Each has `outputs`, `gradients`, `work` (what 0, 1 or 2 gradients cost; 0 is the result), `refusal` (why not, or None).
+"""
 
 from types import ModuleType
 

@@ -148,14 +148,14 @@ def gradients(
     return dx, dw
 
 
-def work(call: Call) -> Work:
-    """The patches of all cells, twice (cut out, then side by side), and both products with them."""
+def work(call: Call, gradients: int) -> Work:
+    """The patches of all cells, twice (cut out, then side by side), and one or both products with them."""
     blocks = _blocks.count(call.groups, call.channels, call.filters)
     inputs = call.batch * math.prod(axis.n for axis in call.geometry)
     gathered = inputs * math.prod(axis.k for axis in call.geometry) * call.filters
     kernel = math.prod(axis.k for axis in call.geometry) * call.channels * call.filters // blocks
     room = min(2 * gathered * call.itemsize, 2 * call.tile_bytes)
-    return Work(2 * gathered * call.channels // blocks, gathered, room + 2 * kernel * call.itemsize)
+    return Work(gradients * gathered * call.channels // blocks, gathered, room + 2 * kernel * call.itemsize)
 
 
 def _steps(geometry: Geometry) -> int:

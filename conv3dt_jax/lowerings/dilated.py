@@ -64,13 +64,13 @@ def outputs(
     return _tiles.plus(outputs, bias)
 
 
-def work(call: Call, *, gradient: bool) -> Work:
+def work(call: Call, *, gradients: int) -> Work:
     """The multiply-adds of the definition; XLA keeps no temporary of its own where it can help it."""
     inputs = call.batch * math.prod(axis.n for axis in call.geometry)
     taps = math.prod(axis.k for axis in call.geometry)
     multiply_adds = inputs * taps * call.channels * call.filters // call.groups
     kernel = taps * call.channels * call.filters // call.groups
-    return Work(multiply_adds * (2 if gradient else 1), 0, kernel * call.itemsize)
+    return Work(multiply_adds * max(gradients, 1), 0, kernel * call.itemsize)
 
 
 def gradients(

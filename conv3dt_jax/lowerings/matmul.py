@@ -85,16 +85,16 @@ def _spans(
     return _tiles.plan((batch, blocks, *map(cells, geometry)), largest * filters * itemsize, tile_bytes)
 
 
-def work(call: Call, *, gradient: bool) -> Work:
+def work(call: Call, *, gradients: int) -> Work:
     """One product for every input, tap and filter, each laid out and added; a transposed copy, and the sums so far."""
     inputs = call.batch * math.prod(axis.n for axis in call.geometry)
     products = inputs * math.prod(axis.k for axis in call.geometry) * call.filters
     multiply_adds = products * call.channels // call.groups
     values, held = products * _laid_out(call.geometry), products * call.itemsize
-    if is_elementwise(call) and not gradient:
+    if is_elementwise(call) and not gradients:
         return Work(multiply_adds, products, 0)
-    if gradient:
-        return Work(2 * multiply_adds, int(2 * values), 3 * held)
+    if gradients:
+        return Work(gradients * multiply_adds, int(gradients * values), 3 * held)
     if in_blocks(call):
         held, more = min(held, call.tile_bytes), _repeated(call)
         return Work(int(multiply_adds * more), int(values * more), 3 * held)

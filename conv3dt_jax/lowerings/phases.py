@@ -103,10 +103,10 @@ def outputs(
     return walk(inputs, geometry, early, filters, blocks, spans, dtype, result, compute, bias, channels_first)
 
 
-def work(call: Call, *, gradient: bool) -> Work:
+def work(call: Call, *, gradients: int) -> Work:
     """The gathered shifts, twice (cut out, then side by side), and the multiply-adds with the zeros of the width."""
-    if gradient:
-        return _adjoint.work(call)
+    if gradients:
+        return _adjoint.work(call, gradients)
     if _depthwise.takes(call.geometry, call.channels, call.groups):
         shares = [aligned(axis)[0] for axis in call.geometry]
         taken = math.prod(len(shifts(axis)) for axis in shares)

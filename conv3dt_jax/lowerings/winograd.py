@@ -49,17 +49,17 @@ def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
     return None
 
 
-def work(call: Call, *, gradient: bool) -> Work:
+def work(call: Call, *, gradients: int) -> Work:
     """The transformed inputs and the products, and the multiply-adds of what the tiles hold."""
-    lines = [(Line.adjoint if gradient else Line.forward)(axis) for axis in call.geometry]
+    lines = [(Line.adjoint if gradients else Line.forward)(axis) for axis in call.geometry]
     depth, height = tiles_of(lines)
     width = lines[2]
     rows = call.batch * depth.count * depth.line.d * height.count * height.line.d * width.cells
     products = depth.algorithm.products * height.algorithm.products
     blocks = _blocks.count(call.groups, call.channels, call.filters)
     filters = call.filters * math.prod(axis.s for axis in call.geometry)
-    inner, outer = (filters, call.channels) if gradient else (call.channels, filters)
-    times = 2 if gradient else 1
+    inner, outer = (filters, call.channels) if gradients else (call.channels, filters)
+    times = max(gradients, 1)
     patches = rows * products * width.k * inner
     matrices = products * width.k * inner * outer // blocks
     largest = 2 * call.tile_bytes
