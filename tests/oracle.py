@@ -102,3 +102,49 @@ def vjp(x, w, ct, *, strides=1, padding="valid", output_padding=None, dilation_r
             gx[(*source, inner)] += back @ w[tap][:, inner]
             gw[tap][:, inner] += np.einsum("nxyzf,nxyzc->fc", back, x[source][..., inner])
     return gx, gw
+
+
+def convolution_window(m: int, k: int, s: int, d: int, padding: Any) -> tuple[int, int]:
+    """(lo, n) of one axis of a convolution: elements of padding before it, and outputs."""
+    ke = (k - 1) * d + 1
+    if padding in ("same", "circular"):
+        n = -(-m // s)
+        return max((n - 1) * s + ke - m, 0) // 2, n
+    before, after = (0, 0) if padding == "valid" else padding
+    return before, (max((m + before + after - ke) // s + 1, 0) if m == 0 else (m + before + after - ke) // s + 1)
+
+
+def conv3d(x, w, bias=None, *, strides=1, padding="valid", dilation_rate=1, groups=1) -> np.ndarray:
+    """The ordinary convolution, ``w`` (kd, kh, kw, C // groups, F): every output gathers what its window covers."""
+    y, _, _ = _convolution(x, w, None, strides, padding, dilation_rate, groups)
+    return y if bias is None else y + _wide(bias)
+
+
+def conv3d_vjp(x, w, ct, *, strides=1, padding="valid", dilation_rate=1, groups=1):
+    """The gradients of ``sum(ct * conv3d(x, w))``."""
+    return _convolution(x, w, ct, strides, padding, dilation_rate, groups)[1:]
+
+
+def _convolution(x, w, ct, strides, padding, dilation_rate, groups):
+    x, w = _wide(x), _wide(w)
+    s, d, p = triple(strides), triple(dilation_rate), _pads(padding)
+    sizes = zip(x.shape[1:4], w.shape[:3], s, d, p, strict=True)
+    lo, n = zip(*(convolution_window(*axis) for axis in sizes), strict=True)
+    y = np.zeros((x.shape[0], *n, w.shape[4]), np.result_type(x, w))
+    ct = np.zeros_like(y) if ct is None else _wide(ct)
+    gx, gw = np.zeros_like(x), np.zeros_like(w)
+    inner, outer = w.shape[3], w.shape[4] // groups
+    for where in np.ndindex(*n):
+        out = (slice(None), *where)
+        for tap in np.ndindex(*w.shape[:3]):
+            place = [i * a + t * b - c for i, t, a, b, c in zip(where, tap, s, d, lo, strict=True)]
+            place = [q % m if r == "circular" else q for q, m, r in zip(place, x.shape[1:4], p, strict=True)]
+            if any(not 0 <= q < m for q, m in zip(place, x.shape[1:4], strict=True)):
+                continue
+            source = (slice(None), *place)
+            for g in range(groups):
+                c, f = slice(g * inner, (g + 1) * inner), slice(g * outer, (g + 1) * outer)
+                y[(*out, f)] += x[(*source, c)] @ w[(*tap, slice(None), f)]
+                gx[(*source, c)] += ct[(*out, f)] @ w[(*tap, slice(None), f)].T
+                gw[(*tap, slice(None), f)] += x[(*source, c)].T @ ct[(*out, f)]
+    return y, gx, gw

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from conv3dt_jax import functional
+from conv3dt_jax import _operation
 from conv3dt_jax.lowerings import LOWERINGS
 from tests.cases import CASES
 from tests.test_lowerings import check
@@ -50,7 +50,7 @@ def test_the_suite_fails_with(mutation, implementation, monkeypatch) -> None:
 
     check(case, implementation)
     monkeypatch.setattr(LOWERINGS[implementation], "outputs", mutated)
-    functional._compute.clear_cache()
+    _operation._compute.clear_cache()
     try:
         with pytest.raises(AssertionError):
             check(case, implementation)

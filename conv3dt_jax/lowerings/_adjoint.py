@@ -71,7 +71,7 @@ def gradients(
     space = tuple(axis.n for axis in geometry)
     for dim, axis in enumerate(geometry, start=2 if channels_first else 1):
         if axis.wraps:
-            cotangent = _unwrap(cotangent, dim, axis)
+            cotangent = unwrap(cotangent, dim, axis)
     # beside the kernel's gradient there are patches anyway
     if kernel is not None and inputs is None and _depthwise.takes_gradient(geometry, channels, filters, groups):
         alone = _depthwise.input_gradient(
@@ -177,7 +177,7 @@ def _looped(geometry: Geometry, filters: int) -> list[int]:
     return [dim for dim in range(count) if geometry[dim].overlaps]
 
 
-def _unwrap(cotangent: jax.Array, dim: int, axis: Axis) -> jax.Array:
+def unwrap(cotangent: jax.Array, dim: int, axis: Axis) -> jax.Array:
     """The cotangent of the full result of a circular axis."""
     padding = [(0, 0)] * cotangent.ndim
     padding[dim] = (axis.lo, max(axis.full - axis.lo - axis.out, 0))

@@ -6,6 +6,8 @@ A transposed convolution is the ordinary convolution of the input, with ``s - 1`
     y_full[p] = sum_t x_stuffed[p - t * d] * w[t],    x_stuffed[i * s] = x[i].
 
 Less padding crops: ``ke - 1 - lo`` zeros in front keep ``y_full`` from ``lo`` on. XLA never stores the stuffed input.
+
+Read backward it is the ordinary convolution with window strides, ``lo`` zeros in front.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings import _tiles
+from conv3dt_jax.lowerings._adjoint import unwrap
 from conv3dt_jax.lowerings._transposes import transposes
 from conv3dt_jax.lowerings._work import Call, Work
 
@@ -47,6 +50,7 @@ def outputs(
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)`` of dtype ``accumulate``."""
     del tile_bytes, result  # XLA has blocks of its own; it rounds at the end
     paddings, windows = zip(*map(_split_crop, geometry), strict=True)
+    inputs, kernel = _alike(accumulate, inputs, kernel)
     outputs = lax.conv_general_dilated(
         inputs,
         _grouped_kernel(jnp.flip(kernel, (0, 1, 2)), groups),
@@ -81,8 +85,49 @@ def gradients(
     channels: int,
     **static: Any,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """The transposes of `outputs`, as JAX finds them; see `_adjoint.gradients` for the arguments."""
-    return transposes(outputs, inputs, kernel, cotangent, geometry, channels, **static)
+    """See `_adjoint.gradients`: a convolution, and the transpose of `outputs` in the kernel as JAX finds it."""
+    dx = None if kernel is None else _convolution(cotangent, kernel, geometry, **static)
+    _, dw = transposes(outputs, inputs, None, cotangent, geometry, channels, **static)
+    return dx, dw
+
+
+def _convolution(
+    cotangent: jax.Array,
+    kernel: jax.Array,
+    geometry: Geometry,
+    *,
+    groups: int,
+    precision: lax.PrecisionLike,
+    accumulate: DTypeLike,
+    tile_bytes: int = 0,
+    result: DTypeLike | None = None,
+) -> jax.Array:
+    """``(N, *out, F)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, D, H, W, C)`` of dtype ``accumulate``."""
+    del tile_bytes, result
+    cotangent, kernel = _alike(accumulate, cotangent, kernel)
+    paddings = []
+    for dim, axis in enumerate(geometry, start=1):
+        if axis.wraps:
+            cotangent = unwrap(cotangent, dim, axis)
+        lo = 0 if axis.wraps else axis.lo
+        paddings.append((lo, axis.full - lo - cotangent.shape[dim]))
+    return lax.conv_general_dilated(
+        cotangent,
+        kernel,
+        window_strides=[axis.s for axis in geometry],
+        padding=paddings,
+        rhs_dilation=[axis.d for axis in geometry],
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        feature_group_count=groups,
+        precision=precision,
+        preferred_element_type=accumulate,
+    )
+
+
+def _alike(accumulate: DTypeLike, *operands: jax.Array) -> list[jax.Array]:
+    """A convolution of XLA's takes operands of one dtype."""
+    dtype = operands[0].dtype if operands[0].dtype == operands[1].dtype else _tiles.widest(accumulate, *operands)
+    return [operand.astype(dtype) for operand in operands]
 
 
 def _grouped_kernel(kernel: jax.Array, groups: int) -> jax.Array:

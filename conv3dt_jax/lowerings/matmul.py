@@ -23,7 +23,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry, tap_phases
-from conv3dt_jax.lowerings import _blocks, _tiles
+from conv3dt_jax.lowerings import _adjoint, _blocks, _tiles
 from conv3dt_jax.lowerings._cells import cells, shifts, span, walk
 from conv3dt_jax.lowerings._contract import contract
 from conv3dt_jax.lowerings._depth_to_space import depth_to_space
@@ -127,6 +127,8 @@ def outputs(
         return _by_block(inputs, kernel, geometry, groups, precision, accumulate, tile_bytes, result, bias)
     *space, channels = inputs.shape
     *window, filters, _ = kernel.shape
+    if inputs.dtype != kernel.dtype:
+        inputs, kernel = (a.astype(_tiles.widest(accumulate, inputs, kernel)) for a in (inputs, kernel))
     pieces = inputs.reshape(*space, 1, groups, channels // groups)
     weights = kernel.reshape(-1, filters, groups, channels // groups).transpose(2, 3, 0, 1)[None]
     taps = contract(pieces, weights, precision=precision, accumulate=accumulate)
@@ -204,7 +206,9 @@ def gradients(
     channels: int,
     **static: Any,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """The transposes of `outputs`, as JAX finds them; see `_adjoint.gradients` for the arguments."""
+    """The transposes of `outputs`, as JAX finds them, which transposes no integers; see `_adjoint.gradients`."""
+    if not jnp.issubdtype(static["accumulate"], jnp.inexact):
+        return _adjoint.gradients(inputs, kernel, cotangent, geometry, channels, **static)
     if cotangent.dtype.itemsize == 2:  # the transposes of blocks are summed in the dtype of what they are blocks of
         sums = static["accumulate"]
         cotangent = cotangent.astype(sums)
