@@ -74,6 +74,10 @@ class ConvolutionSpec(abc.ABC):
         """The kernel's shape for inputs of ``in_channels``."""
 
     @abc.abstractmethod
+    def partial_kernel_shape(self) -> tuple[int | None, ...]:
+        """The kernel's shape with None for what the channels of the inputs decide."""
+
+    @abc.abstractmethod
     def channels_of(self, kernel_shape: Sequence[int]) -> int:
         """The input channels that a kernel of this shape is for."""
 

@@ -61,6 +61,10 @@ class Conv3DSpec(ConvolutionSpec):
         """``(kd, kh, kw, in_channels // groups, filters)``."""
         return (*self.kernel_size, self._checked_channels(in_channels) // self.groups, self.filters)
 
+    def partial_kernel_shape(self) -> tuple[int | None, ...]:
+        """``(kd, kh, kw, None, filters)``."""
+        return (*self.kernel_size, None, self.filters)
+
     def channels_of(self, kernel_shape: Sequence[int]) -> int:
         """``kernel_shape[3] * groups``."""
         return kernel_shape[3] * self.groups
@@ -163,6 +167,10 @@ class Conv3DTransposeSpec(ConvolutionSpec):
         """``(kd, kh, kw, filters // groups, in_channels)``."""
         channels = self._checked_channels(in_channels)
         return (*self.kernel_size, self.filters // self.groups, channels)
+
+    def partial_kernel_shape(self) -> tuple[int | None, ...]:
+        """``(kd, kh, kw, filters // groups, None)``."""
+        return (*self.kernel_size, self.filters // self.groups, None)
 
     def channels_of(self, kernel_shape: Sequence[int]) -> int:
         """``kernel_shape[4]``."""

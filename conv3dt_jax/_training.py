@@ -147,13 +147,13 @@ def _value(parameter: Any) -> Any:
 def _check_shape(path: Path, config: _layer.LayerConfig, value: Any) -> None:
     """The parameter must be that of the layer, or a stack of such along leading axes."""
     spec, shape = config.spec, jnp.shape(value)
-    wanted = (*spec.kernel_size, spec.filters // spec.groups) if path[-1] == "kernel" else (spec.filters,)
-    end = len(shape) - (path[-1] == "kernel")
-    if shape[max(end - len(wanted), 0) : end] != wanted:
+    wanted = spec.partial_kernel_shape() if path[-1] == "kernel" else (spec.filters,)
+    own = shape[-len(wanted) :]
+    if len(own) != len(wanted) or any(b is not None and a != b for a, b in zip(own, wanted, strict=True)):
+        shown = str(wanted).replace("None", "channels")
         raise ValueError(
-            f"the parameter {_joined(path)} has shape {shape}, but the layer's is {wanted}"
-            + (" with the channels last" if path[-1] == "kernel" else "")
-            + "; layers that are stacked must be so along the first axis (in Linen, variable_axes={'params': 0})."
+            f"the parameter {_joined(path)} has shape {shape}, but the layer's is {shown}; layers that "
+            "are stacked must be so along the first axis (in Linen, variable_axes={'params': 0})."
         )
 
 

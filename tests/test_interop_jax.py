@@ -94,8 +94,8 @@ def test_parameters_must_be_those_of_the_flax_layer() -> None:
         interop.to_flax({**good, "bias": np.ones(4, "f4")}, peer)
     with pytest.raises(ValueError, match="6 features"):
         interop.from_flax(peer, good)  # filters before channels, as here
-    with pytest.raises(TypeError, match=r"must be a flax\.linen\.ConvTranspose"):
-        interop.spec_from_flax(nn.Conv(6, (2, 2, 2)))
+    with pytest.raises(TypeError, match=r"must be a ConvTranspose or Conv of flax\.linen or flax\.nnx"):
+        interop.spec_from_flax(nn.Dense(6))
     boxed = nn.ConvTranspose(6, (2, 2, 2), kernel_init=nn.with_partitioning(nn.initializers.normal(), (None,) * 5))
     variables = boxed.init(jax.random.key(0), X.astype("f4"))
     assert interop.from_flax(boxed, variables["params"])["kernel"].shape == (2, 2, 2, 6, 4)

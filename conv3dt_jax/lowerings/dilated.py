@@ -86,12 +86,12 @@ def gradients(
     **static: Any,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """See `_adjoint.gradients`: a convolution, and the transpose of `outputs` in the kernel as JAX finds it."""
-    dx = None if kernel is None else _convolution(cotangent, kernel, geometry, **static)
+    dx = None if kernel is None else _backward(cotangent, kernel, geometry, **static)
     _, dw = transposes(outputs, inputs, None, cotangent, geometry, channels, **static)
     return dx, dw
 
 
-def _convolution(
+def _backward(
     cotangent: jax.Array,
     kernel: jax.Array,
     geometry: Geometry,
@@ -110,7 +110,12 @@ def _convolution(
         if axis.wraps:
             cotangent = unwrap(cotangent, dim, axis)
         lo = 0 if axis.wraps else axis.lo
-        paddings.append((lo, axis.full - lo - cotangent.shape[dim]))
+        around = (lo, axis.full - lo - cotangent.shape[dim])
+        if not all(isinstance(size, int) for size in around):  # the convolution takes no symbolic padding
+            config = [(0, 0, 0)] * cotangent.ndim
+            config[dim] = (*around, 0)
+            cotangent, around = lax.pad(cotangent, jnp.zeros((), cotangent.dtype), config), (0, 0)
+        paddings.append(around)
     return lax.conv_general_dilated(
         cotangent,
         kernel,
