@@ -202,3 +202,33 @@ def test_one_channel_and_filter_in_each_group_give_the_inputs_their_gradient_in_
     assert "stablehlo.multiply" in text
     assert "stablehlo.dot_general" not in text
     assert "stablehlo.while" not in text
+
+
+@pytest.mark.parametrize(
+    ("platform", "kwargs", "primitive"),
+    [
+        ("cpu", {"strides": 2}, "dot_general"),
+        ("cuda", {"strides": 2}, "convolution"),
+        ("tpu", {}, "convolution"),
+        ("cuda", {"strides": 3}, "dot_general"),
+        ("cpu", {"strides": 2, "implementation": "dilated"}, "convolution"),
+    ],
+    ids=str,
+)
+def test_a_convolution_follows_the_same_rule(platform, kwargs, primitive) -> None:
+    x, w = jax.ShapeDtypeStruct((1, 6, 6, 6, 4), jnp.float32), jax.ShapeDtypeStruct((3, 3, 3, 4, 8), jnp.float32)
+    run = jax.jit(functools.partial(c3t.conv3d, **kwargs))
+    text = export.export(run, platforms=[platform])(x, w).mlir_module()
+    assert f"stablehlo.{primitive}" in text
+    assert {"dot_general": "stablehlo.convolution", "convolution": "stablehlo.dot_general"}[primitive] not in text
+
+
+def test_a_convolution_without_strides_is_its_transposed_twin() -> None:
+    """The same program with the kernel turned around."""
+    x, w = jax.ShapeDtypeStruct((1, 6, 6, 6, 4), jnp.float32), jax.ShapeDtypeStruct((3, 3, 3, 4, 4), jnp.float32)
+    texts = [
+        jax.jit(functools.partial(call, padding="same")).lower(x, w).as_text()
+        for call in (c3t.conv3d, c3t.conv3d_transpose)
+    ]
+    counts = [{op: text.count(f"stablehlo.{op}") for op in ("dot_general", "while", "concatenate")} for text in texts]
+    assert counts[0] == counts[1]

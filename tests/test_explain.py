@@ -86,3 +86,29 @@ def test_a_named_lowering_and_an_empty_batch_are_said_to_be_so() -> None:
 def test_bad_arguments_are_named(arguments, keywords, error, message) -> None:
     with pytest.raises(error, match=message):
         c3t.explain(*arguments, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("strides", "forward", "gradients"),
+    [(1, "phases", "phases"), (2, "phases", "phases"), ((1, 2, 2), "phases", "phases")],
+)
+def test_a_convolution_is_explained_as_it_is_lowered(strides, forward, gradients) -> None:
+    """The counts are those of the definition; with strides its gradients are two primitives, each with its lowering."""
+    spec = c3t.Conv3DSpec(6, (1, 2, 3), strides=strides, padding="same", groups=2, use_bias=False)
+    shape = (2, 3, 4, 6, 8)
+    explained = c3t.explain(shape, spec)
+    out = spec.output_shape(shape)
+    assert (explained.output_shape, explained.kernel_shape) == (out, (1, 2, 3, 4, 6))
+    assert explained.multiply_adds == math.prod(out[:-1]) * math.prod(explained.kernel_shape)
+    assert (explained.forward["cpu"].lowering, explained.gradients["cpu"].lowering) == (forward, gradients)
+    assert (explained.forward["tpu"].lowering, explained.gradients["cuda"].lowering) == ("dilated", "dilated")
+    assert explained.gradients["cpu"].multiply_adds >= 2 * explained.multiply_adds
+    compiled = jax.jit(lambda x, w: c3t.apply({"kernel": w}, x, spec)).lower(jnp.ones(shape), jnp.ones((1, 2, 3, 4, 6)))
+    assert compiled.compile().cost_analysis()["flops"] < 2 * FLOPS_FACTOR * explained.forward["cpu"].multiply_adds
+
+
+def test_gradients_by_two_lowerings_are_named_both() -> None:
+    spec = c3t.Conv3DSpec(64, 3, strides=2, padding="same")
+    plan = c3t.explain((1, 32, 32, 32, 1), spec, platforms=["cpu"]).gradients["cpu"]
+    assert plan.lowering == "matmul and phases"
+    assert plan.reason.count("; ") == 1
