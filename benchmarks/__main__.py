@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 
 from benchmarks import report, suites
-from benchmarks.cases import CASES, KINDS
+from benchmarks.cases import CASES, CONVOLUTIONS, KINDS
 from benchmarks.contestants import NETWORKS, contestants
 from benchmarks.pool import ALLOCATORS
 
@@ -15,11 +15,12 @@ from benchmarks.pool import ALLOCATORS
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--all", action="store_true", help="the cases with either allocator, the network, the volumes")
+    what.add_argument("--all", action="store_true", help="the cases with either allocator, and all the rest")
     what.add_argument("--network", action="store_true", help="a training step of the demo's U-Net instead of the cases")
+    what.add_argument("--convolutions", action="store_true", help="ordinary convolutions instead of transposed ones")
     what.add_argument("--volume", action="store_true", help="time against volume instead of the cases")
     what.add_argument("--report", nargs="+", type=pathlib.Path, metavar="JSON", help="tables and plots of stored runs")
-    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], metavar="CASE")
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in (*CASES, *CONVOLUTIONS)], metavar="CASE")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help="ours is always among them")
     parser.add_argument("--rounds", type=int, default=5)
@@ -43,7 +44,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if args.list:
-        print("cases:", *(case.name for case in CASES), "\ncontestants:", *contestants())
+        print("cases:", *(case.name for case in CASES))
+        print("convolutions:", *(case.name for case in CONVOLUTIONS))
+        print("contestants:", *contestants())
         return
     files = args.report or suites.run(args)
     print(report.write(files, args.out))

@@ -13,7 +13,10 @@ KINDS = ("forward", "training")
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One spatial axis in the symbols of the definition: n inputs, effective kernel ke, stride s, window of full."""
+    """One spatial axis in the symbols of the definition: n inputs, effective kernel ke, stride s, window of full.
+
+    A convolution reads it backward, from ``out`` to ``n``.
+    """
 
     n: int
     ke: int
@@ -26,7 +29,10 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call: inputs ``(N, D, H, W, C)`` whatever the data format, filters, and the sizes of the convolution."""
+    """A call: inputs ``(N, D, H, W, C)`` whatever the data format, filters, and the sizes of the convolution.
+
+    ``transposed`` tells the two operations apart.
+    """
 
     name: str
     inputs: tuple[int, int, int, int, int]
@@ -38,6 +44,7 @@ class Case:
     groups: int = 1
     data_format: str = "channels_last"
     dtype: str = "float32"
+    transposed: bool = True
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -45,8 +52,12 @@ class Case:
         axes = []
         for n, k, s in zip(self.inputs[1:4], self.kernel, self.strides, strict=True):
             ke = (k - 1) * self.dilation + 1
+            out = n
+            if not self.transposed:
+                n = (out - ke) // s + 1 if self.padding == "valid" else -(-out // s)
             full = (n - 1) * s + ke
-            out = n * s + (max(ke - s, 0) if self.padding == "valid" else 0)
+            if self.transposed:
+                out = n * s + (max(ke - s, 0) if self.padding == "valid" else 0)
             lo = 0 if self.padding == "valid" else max(full - out, 0) // 2
             axes.append(Axis(n, ke, s, self.dilation, full, out, lo))
         return tuple(axes)
@@ -61,7 +72,7 @@ class Case:
 
     @property
     def spatial_outputs(self) -> tuple[int, ...]:
-        return tuple(axis.out for axis in self.axes)
+        return tuple(axis.out if self.transposed else axis.n for axis in self.axes)
 
     @property
     def outputs(self) -> tuple[int, ...]:
@@ -70,13 +81,16 @@ class Case:
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
-        """Keras's layout, ``(kd, kh, kw, F // groups, C)``."""
-        return (*self.kernel, self.filters // self.groups, self.channels)
+        """Keras's layout, ``(kd, kh, kw, F // groups, C)``, or ``(kd, kh, kw, C // groups, F)``."""
+        if self.transposed:
+            return (*self.kernel, self.filters // self.groups, self.channels)
+        return (*self.kernel, self.channels // self.groups, self.filters)
 
     @property
     def multiply_adds(self) -> int:
-        """Of the uncropped transposed convolution."""
-        return math.prod(self.inputs) * math.prod(self.kernel) * self.filters // self.groups
+        """Of the uncropped transposed convolution, or of the convolution with its padding."""
+        cells = self.inputs[0] * math.prod(axis.n for axis in self.axes)
+        return cells * math.prod(self.kernel) * self.channels * self.filters // self.groups
 
     @property
     def operand_bytes(self) -> int:
@@ -127,3 +141,28 @@ CASES = [
     Case("gan_k4s2_bf16", (4, 8, 8, 8, 256), 128, K4, K2, "same", dtype=HALF),
     Case("k3s1_same_bf16", (1, 32, 32, 32, 32), 32, K3, K1, "same", dtype=HALF),
 ]
+
+CONVOLUTIONS = [
+    # What stands beside the layers above: the way down, the first layer, the blocks, the classes.
+    Case("down_k3s2", (1, 32, 32, 32, 32), 64, K3, K2, "same", transposed=False),
+    Case("down_k3s2_few", (1, 32, 32, 32, 16), 32, K3, K2, "same", transposed=False),
+    Case("down_k3s2_deep", (1, 16, 16, 16, 128), 256, K3, K2, "same", transposed=False),
+    Case("down_k2s2", (1, 64, 64, 64, 16), 32, K2, K2, "valid", transposed=False),
+    Case("down_k122", (1, 16, 64, 64, 32), 64, (1, 3, 3), (1, 2, 2), "same", transposed=False),
+    Case("critic_k4s2", (4, 32, 32, 32, 32), 64, K4, K2, "same", transposed=False),
+    Case("stem_k7s2", (1, 64, 64, 64, 1), 16, (7, 7, 7), K2, "same", transposed=False),
+    Case("patches_k4s4", (1, 64, 64, 64, 4), 96, K4, K4, "valid", transposed=False),
+    Case("shortcut_k1s2", (1, 32, 32, 32, 32), 64, K1, K2, "valid", transposed=False),
+    Case("down_k3s2_groups4", (1, 32, 32, 32, 32), 64, K3, K2, "same", groups=4, transposed=False),
+    Case("down_k3s2_first", (1, 32, 32, 32, 32), 64, K3, K2, "same", data_format=FIRST, transposed=False),
+    Case("down_k3s2_bf16", (1, 32, 32, 32, 32), 64, K3, K2, "same", dtype=HALF, transposed=False),
+    Case("block_k3s1", (1, 32, 32, 32, 32), 32, K3, K1, "same", transposed=False),
+    Case("block_k3s1_wide", (1, 64, 64, 64, 16), 16, K3, K1, "same", transposed=False),
+    Case("block_k3s1_deep", (1, 16, 16, 16, 128), 128, K3, K1, "same", transposed=False),
+    Case("block_k3s1_d2", (1, 32, 32, 32, 32), 32, K3, K1, "same", dilation=2, transposed=False),
+    Case("block_k3s1_depthwise", (1, 32, 32, 32, 32), 32, K3, K1, "same", groups=32, transposed=False),
+    Case("block_k3s1_bf16", (1, 32, 32, 32, 32), 32, K3, K1, "same", dtype=HALF, transposed=False),
+    Case("enter_k3s1", (1, 64, 64, 64, 1), 16, K3, K1, "same", transposed=False),
+    Case("leave_k1s1", (1, 64, 64, 64, 16), 4, K1, K1, "valid", transposed=False),
+]
+"""Ordinary convolutions, of U-Nets, V-Nets, critics and patch encoders."""

@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks.cases import CASES, KINDS, Case
+from benchmarks.cases import CASES, CONVOLUTIONS, KINDS, Case
 from benchmarks.contestants import OURS, lowering_names
 from benchmarks.orchestrate import Progress, Record, session
 from benchmarks.pool import ALLOCATORS
 
+ALL = [*CASES, *CONVOLUTIONS]
 TOLERATED, EXEMPT = 1.3, 2e-4
 ROUNDS, ROUNDS_AGAIN = 3, 12
 PATIENCE = 2.0
@@ -91,14 +92,14 @@ def check(chosen: Sequence[Case], args: argparse.Namespace) -> list[Finding]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
-    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], metavar="CASE")
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in ALL], metavar="CASE")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="a suspect gets four times as many")
     parser.add_argument("--allocator", choices=list(ALLOCATORS), default="default")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/bench"), help="for the workers' log")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    chosen = [case for case in CASES if not args.cases or case.name in args.cases]
+    chosen = [case for case in ALL if not args.cases or case.name in args.cases]
     found = check(chosen, args)
     for finding in found:
         print(f"FAILED {finding}")

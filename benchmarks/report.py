@@ -18,6 +18,7 @@ ROUNDING = {"float32": 1e-4, "bfloat16": 3e-2}
 TITLES = {
     "cases-default": "Cases, default allocator",
     "cases-keep": "Cases, heap keeps its pages",
+    "convolutions": "Ordinary convolutions",
     "network": "A training step of the demo's U-Net",
     "volume": "Time against volume",
 }

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import machine
-from benchmarks.cases import CASES, K2, K3, Case
+from benchmarks.cases import CASES, CONVOLUTIONS, K2, K3, Case
 from benchmarks.contestants import LAX, NETWORKS, OTHER_FRAMEWORKS, OURS, contestants
 from benchmarks.orchestrate import Record, Skip, session
 
@@ -33,17 +33,32 @@ def run(args: argparse.Namespace) -> list[pathlib.Path]:
         return [network(args)]
     if args.volume:
         return [volume(args)]
+    if args.convolutions:
+        return [convolutions(args)]
     if not args.all:
         return [cases(args, args.allocator, args.contestants)]
     kept = args.contestants or [
         name for name in contestants() if name not in ("flax", "keras", "equinox", "haiku")
     ]  # wrappers of the convolution that jax.lax stands for
-    return [cases(args, "default", args.contestants), cases(args, "keep", kept), network(args), volume(args)]
+    return [
+        cases(args, "default", args.contestants),
+        cases(args, "keep", kept),
+        convolutions(args),
+        network(args),
+        volume(args),
+    ]
 
 
 def cases(args: argparse.Namespace, allocator: str, wanted: Sequence[str] | None) -> pathlib.Path:
     chosen = [case for case in CASES if not args.cases or case.name in args.cases]
     return _store(args, f"cases-{allocator}", chosen, args.kinds, pick(contestants(), wanted), allocator)
+
+
+def convolutions(args: argparse.Namespace) -> pathlib.Path:
+    """Ordinary convolutions; of JAX's peers `jax.lax`, which all others call."""
+    chosen = [case for case in CONVOLUTIONS if not args.cases or case.name in args.cases]
+    wanted = args.contestants or [name for name in contestants() if name not in ("flax", "keras", "equinox", "haiku")]
+    return _store(args, "convolutions", chosen, args.kinds, pick(contestants(), wanted), args.allocator)
 
 
 def network(args: argparse.Namespace) -> pathlib.Path:

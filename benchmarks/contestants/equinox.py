@@ -8,10 +8,11 @@ import numpy as np
 
 from benchmarks.cases import Case
 from benchmarks.contestants import _jax
-from benchmarks.contestants.base import Prepared, grouped_kernel, ungrouped_kernel
+from benchmarks.contestants.base import Prepared, grouped_kernel, require, ungrouped_kernel
 
 
 def prepare(case: Case, kind: str, variant: str) -> Prepared:
+    require(case.transposed, "it stands for transposed convolutions alone")
     layer = eqx.nn.ConvTranspose3d(
         case.channels,
         case.filters,

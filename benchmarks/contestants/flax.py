@@ -17,6 +17,7 @@ def turned(w: np.ndarray) -> np.ndarray:
 
 
 def prepare(case: Case, kind: str, variant: str) -> Prepared:
+    require(case.transposed, "it stands for transposed convolutions alone")
     require(case.groups == 1, "flax.linen.ConvTranspose has no groups")
     require(not case.channels_first, "flax.linen.ConvTranspose takes channels last only")
     layer = nn.ConvTranspose(

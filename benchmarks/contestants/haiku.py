@@ -11,6 +11,7 @@ from benchmarks.contestants.base import Prepared, require
 
 
 def prepare(case: Case, kind: str, variant: str) -> Prepared:
+    require(case.transposed, "it stands for transposed convolutions alone")
     require(case.groups == 1, "haiku.Conv3DTranspose has no groups")
     require(case.dilation == 1, "haiku.Conv3DTranspose has no dilation")
 

@@ -15,6 +15,7 @@ from benchmarks.contestants.base import Prepared, require
 
 
 def prepare(case: Case, kind: str, variant: str) -> Prepared:
+    require(case.transposed, "it stands for transposed convolutions alone")
     require(case.groups == 1, "Keras's transposed convolution has no groups")
 
     def operation(x: jax.Array, w: jax.Array) -> jax.Array:

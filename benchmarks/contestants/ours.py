@@ -16,7 +16,8 @@ def prepare(case: Case, kind: str, variant: str) -> Prepared:
     implementation: Any = variant
 
     def operation(x: jax.Array, w: jax.Array) -> jax.Array:
-        return c3t.conv3d_transpose(
+        run = c3t.conv3d_transpose if case.transposed else c3t.conv3d
+        return run(
             x,
             w,
             strides=case.strides,

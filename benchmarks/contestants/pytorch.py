@@ -1,4 +1,7 @@
-"""`torch.nn.functional.conv_transpose3d`, contiguous or in the memory format channels_last_3d."""
+"""PyTorch's `conv_transpose3d`, or `conv3d`, contiguous or in the memory format channels_last_3d.
+
+Its `conv3d` pads both ends alike, as its users do; where TensorFlow's alignment differs, the results are not compared.
+"""
 
 from __future__ import annotations
 
@@ -33,28 +36,46 @@ def operation(case: Case, x: Any, w: Any) -> Any:
     return y if y.shape[2:] == (d, h, w_) else y[:, :, :d, :h, :w_]
 
 
+def ends(case: Case) -> list[tuple[int, int]]:
+    """What a convolution of the case pads, before and behind."""
+    return [(a.lo, max(a.full - a.lo - a.out, 0)) for a in case.axes]
+
+
+def convolution(case: Case, x: Any, w: Any, aligned: bool) -> Any:
+    pads = [0] * 3
+    if aligned:
+        x = torch.nn.functional.pad(x, [end for pair in reversed(ends(case)) for end in pair])
+    else:
+        pads = [(before + behind + 1) // 2 for before, behind in ends(case)]
+    return torch.nn.functional.conv3d(x, w, None, case.strides, pads, (case.dilation,) * 3, case.groups)
+
+
 def parts(results: Any) -> list[np.ndarray]:
     arrays = [part.detach().to(torch.promote_types(part.dtype, torch.float32)).numpy() for part in results]
     layouts = (data.to_channels_last, data.to_channels_last, lambda w: w.transpose(2, 3, 4, 1, 0))
     return [layout(array) for layout, array in zip(layouts, arrays, strict=False)]
 
 
-def prepare(case: Case, kind: str, variant: str, dtype: Any = None) -> Prepared:
+def prepare(case: Case, kind: str, variant: str, dtype: Any = None, aligned: bool = False) -> Prepared:
     inputs, kernel, cotangent = data.operands(case)
     arrays = (data.to_channels_first(inputs), kernel.transpose(KERNEL_AXES), data.to_channels_first(cotangent))
     memory_format = {"contiguous": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}[variant]
     rounded = [torch.tensor(a).to(getattr(torch, case.dtype)) for a in arrays]
     x, w, ct = (t.to(dtype or t.dtype).contiguous(memory_format=memory_format) for t in rounded)
 
+    def run() -> Any:
+        return operation(case, x, w) if case.transposed else convolution(case, x, w, aligned)
+
     def forward() -> Any:
         with torch.no_grad():
-            return (operation(case, x, w),)
+            return (run(),)
 
     def training() -> Any:
-        y = operation(case, x, w)
+        y = run()
         return (y, *torch.autograd.grad(y, (x, w), ct))
 
     if kind == "training":
         x.requires_grad_()
         w.requires_grad_()
-    return Prepared(call=forward if kind == "forward" else training, parts=parts)
+    compared = case.transposed or aligned or all(before == behind for before, behind in ends(case))
+    return Prepared(call=forward if kind == "forward" else training, parts=parts, compared=compared)

@@ -18,7 +18,7 @@ def prepare(case: Case, kind: str, variant: str) -> Prepared:
         return _ours(case, kind)
     from benchmarks.contestants import pytorch
 
-    return pytorch.prepare(case, kind, "contiguous", torch.float64)
+    return pytorch.prepare(case, kind, "contiguous", torch.float64, aligned=True)
 
 
 def _ours(case: Case, kind: str) -> Prepared:
@@ -31,7 +31,8 @@ def _ours(case: Case, kind: str) -> Prepared:
     x, w, ct = (jnp.asarray(array, case.dtype).astype(jnp.float64) for array in data.operands(case))
 
     def operation(x: jax.Array, w: jax.Array) -> jax.Array:
-        return c3t.conv3d_transpose(
+        run = c3t.conv3d_transpose if case.transposed else c3t.conv3d
+        return run(
             x,
             w,
             strides=case.strides,

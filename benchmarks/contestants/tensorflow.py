@@ -1,4 +1,4 @@
-"""`tf.nn.conv3d_transpose` inside `tf.function`; it is what Keras calls on TensorFlow, and its kernel is ours."""
+"""`tf.nn.conv3d_transpose` and `tf.nn.conv3d` inside `tf.function`: what Keras calls on TensorFlow; the kernels are ours."""
 
 from __future__ import annotations
 
@@ -26,14 +26,11 @@ def prepare(case: Case, kind: str, variant: str) -> Prepared:
     def operation(x: Any, w: Any) -> Any:
         if first:
             x = tf.transpose(x, (0, 2, 3, 4, 1))
-        y = tf.nn.conv3d_transpose(
-            x,
-            w,
-            case.outputs,
-            (1, *case.strides, 1),
-            case.padding.upper(),
-            dilations=(1, *(case.dilation,) * 3, 1),
-        )
+        window: dict[str, Any] = {"padding": case.padding.upper(), "dilations": (1, *(case.dilation,) * 3, 1)}
+        if case.transposed:
+            y = tf.nn.conv3d_transpose(x, w, case.outputs, (1, *case.strides, 1), **window)
+        else:
+            y = tf.nn.conv3d(x, w, (1, *case.strides, 1), **window)
         return tf.transpose(y, (0, 4, 1, 2, 3)) if first else y
 
     @tf.function
