@@ -1,4 +1,4 @@
-"""`tf.nn.conv3d_transpose` and `tf.nn.conv3d` inside `tf.function`: what Keras calls on TensorFlow; the kernels are ours."""
+"""`tf.nn.conv3d_transpose` and `tf.nn.conv3d` inside `tf.function`, as Keras calls them; their kernels are ours."""
 
 from __future__ import annotations
 

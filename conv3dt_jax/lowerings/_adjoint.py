@@ -26,6 +26,9 @@ from conv3dt_jax.lowerings._work import Call, Work
 SHORT_RUN = 3
 """Filters below which patches are stored tap by tap, since runs of so few values cannot be copied as blocks."""
 
+ROWS = 1024
+"""Of the products in a block, at least, where they are small enough: shorter ones run at half the pace."""
+
 SHORT_RUN_BYTES = 2 << 20
 """Of the largest temporary of a block there, on a CPU: both copies of the patches stay in the second-level caches."""
 
@@ -86,6 +89,8 @@ def gradients(
     transposed = each_f < SHORT_RUN
     if transposed and tile_bytes <= _tiles.LARGEST:
         tile_bytes = min(tile_bytes, SHORT_RUN_BYTES)
+    elif tile_bytes < _tiles.LARGEST:
+        tile_bytes = max(tile_bytes, min(ROWS * held * dtype.itemsize, _tiles.LARGEST))
     spans = _tiles.plan((batch, blocks, *space), held * dtype.itemsize, tile_bytes)
     matrices = None
     if kernel is not None:
@@ -228,8 +233,13 @@ def _slab(
     for dim, axis in zip((2, 4, 6), geometry, strict=True):
         if not axis.overlaps:
             slab = lax.slice_in_dim(slab, 0, axis.ke, axis.d, dim)
-    slab = lax.optimization_barrier(slab.transpose(0, 1, 3, 5, 2, 4, 6, 7))
-    return slab.reshape(*slab.shape[:4], -1)
+    if slab.shape[2] * slab.shape[4] > _tiles.FEW_SLICES:
+        slab = lax.optimization_barrier(slab.transpose(0, 1, 3, 5, 2, 4, 6, 7))
+        return slab.reshape(*slab.shape[:4], -1)
+    # copied in runs of the width's taps and filters, which a transposition would move one by one
+    rows = [slab[:, :, i, :, j] for i in range(slab.shape[2]) for j in range(slab.shape[4])]
+    rows = [row.reshape(*row.shape[:4], -1) for row in rows]
+    return lax.optimization_barrier(jnp.concatenate(rows, -1) if len(rows) > 1 else rows[0])
 
 
 def _patches(
