@@ -10,6 +10,8 @@
   float32 at the default precision.
 - sizes that are not known when the operation is traced: `dilated`.
 
+Without strides a CPU computes gradients, and results of two channels, from the side with fewer values (`steps`).
+
 The cost rule, in nanoseconds fitted on two cores of an x86 server, counts multiply-adds and the values that pass
 through the cache, ``MULTIPLY_ADD * multiply_adds + VALUE * values`` (`lowerings._work`): for `matmul` one product for
 every input, tap and filter, dearer where many make up an output; for `phases` the gathered shifts of the inputs, while
@@ -19,6 +21,7 @@ often. Since it rounds more, it must save a seventh.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -26,15 +29,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from conv3dt_jax._geometry import Geometry
-from conv3dt_jax.lowerings import LOWERINGS, matmul, winograd
-from conv3dt_jax.lowerings._tiles import tile_bytes
+from conv3dt_jax._geometry import Geometry, turned
+from conv3dt_jax.lowerings import LOWERINGS, _side_by_side, matmul, winograd
+from conv3dt_jax.lowerings._tiles import plus, tile_bytes
+from conv3dt_jax.lowerings._turn import turned_kernel
 from conv3dt_jax.lowerings._work import Call, nanoseconds
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 GRADIENTS = {"outputs": 0, "affine": 0, "tangent": 0, "inputs": 1, "kernel": 1, "gradients": 2}
 """How many of the two gradients a primitive computes; none is the result."""
+
+FEWER = 4
+"""Times as many filters as channels from which gradients without strides are computed from the inputs' side."""
 
 FILTERED = (3, 64)
 """Channels and filters of `winograd`: fewer make up short sums and more are summed in pieces, with less rounding."""
@@ -44,6 +51,36 @@ WORTH = 0.85
 
 _EITHER_LAYOUT = ("phases", "winograd")
 """What reads and writes outputs with the filters second block by block; the others' outputs are transposed whole."""
+
+
+def steps(kind: str, platform: str, form: Any) -> list[tuple[str, Any]]:
+    """The primitives that stand for one, each with its form.
+
+    Without strides the inputs and the outputs of the form may change places, as in `_geometry.turned`, and on a CPU
+    "auto" gathers from the side where less is to be gathered. Gradients gather cotangents, ``filters`` values a tap;
+    from the other side the one for the inputs is a result, and the kernel's gathers inputs, ``channels`` values a tap.
+    A result of two channels is an adjoint, for which `_side_by_side` makes long runs.
+    """
+    if platform != "cpu" or form.implementation != "auto" or kind == "tangent":
+        return [(kind, form)]
+    other = _from_the_outputs(form)
+    if other is None:
+        return [(kind, form)]
+    if GRADIENTS[kind] and form.filters >= FEWER * form.channels:
+        pairs = (("outputs", "inputs"), ("kernel", "kernel"))
+        return [(step, other) for step, gradient in pairs if kind in (gradient, "gradients")]
+    if not GRADIENTS[kind] and _side_by_side.count(other.geometry, other.channels, other.filters, form.groups) > 1:
+        return [("inputs", other)] if form.channels > 1 else [(kind, form)]
+    return [(kind, form)]
+
+
+def _from_the_outputs(form: Any) -> Any:
+    """The form with inputs and outputs exchanged, and the kernel turned around; None where there is none."""
+    axes = [turned(axis) if isinstance(axis.out, int) else None for axis in form.geometry]
+    if None in axes:
+        return None
+    sides: dict[str, Any] = {"channels": form.filters, "filters": form.channels, "dtypes": form.dtypes[::-1]}
+    return dataclasses.replace(form, geometry=tuple(axes), **sides, channels_first=False)
 
 
 def choose(kind: str, platform: str, form: Any, batch: Any) -> str:
@@ -130,6 +167,8 @@ def check_named(implementation: str, geometry: Geometry, sums: Any) -> None:
 
 def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
     """Computes one of the primitives of `_primitives` with the lowering named there, or that "auto" means."""
+    if (found := steps(kind, platform, form)) != [(kind, form)]:
+        return _from_the_other_side(kind, platform, form, found, *operands)
     (x_dtype, w_dtype, y_dtype), sums = form.dtypes, form.sums
     x, w, y = _by_role(kind, operands)
     batch = (x if y is None else y).shape[0]
@@ -158,6 +197,27 @@ def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
     gradients = lowering.gradients(x, w, y, form.geometry, form.channels, **static, result=x_dtype)
     found = [g.astype(dtype) for g, dtype in zip(gradients, (x_dtype, w_dtype), strict=True) if g is not None]
     return found if kind == "gradients" else found[0]
+
+
+def _from_the_other_side(
+    kind: str, platform: str, form: Any, found: Sequence[tuple[str, Any]], *operands: jax.Array
+) -> Any:
+    x, w, y = _by_role(kind, operands)
+    if y is None:
+        ((step, other),) = found
+        if kind == "affine":  # rounded after the bias
+            other = dataclasses.replace(other, dtypes=(form.sums, *other.dtypes[1:]))
+        made = run(step, platform, other, turned_kernel(w, form.groups), x)
+        made = plus(made, operands[2] if kind == "affine" else None).astype(form.dtypes[2])
+        return jnp.moveaxis(made, -1, 1) if form.channels_first else made
+    y = jnp.moveaxis(y, 1, -1) if form.channels_first else y
+    results = []
+    for step, other in found:
+        if step == "outputs":
+            results.append(run(step, platform, other, y, turned_kernel(w, form.groups)))
+        else:
+            results.append(turned_kernel(run(step, platform, other, y, x), form.groups))
+    return results if kind == "gradients" else results[0]
 
 
 def _by_role(kind: str, operands: Sequence[Any]) -> tuple[Any, Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,9 +26,9 @@ from conv3dt_jax.lowerings._work import Call
 class Plan:
     """How one platform computes the result, or both gradients.
 
-    ``lowering`` names two where those of a convolution with strides, one of them a transposed convolution, are computed
-    apart and differently. ``multiply_adds`` are those made, zeros included; ``temporary_bytes`` an estimate of the most
-    held at a time beside operands and results (on a CPU; accelerators choose for themselves).
+    ``lowering`` names two where the gradients are computed apart and differently. ``multiply_adds`` are those made,
+    zeros included; ``temporary_bytes`` an estimate of the most held at a time beside operands and results (on a CPU;
+    accelerators choose for themselves).
     """
 
     lowering: str
@@ -148,13 +149,13 @@ def explain(
     return explanation
 
 
-def _plan(kinds: Sequence[str], platform: str, form: Form, batch: int) -> Plan:
+def _plan(kinds: Sequence[str], platform: str, whole: Form, batch: int) -> Plan:
     """The plan for primitives that are computed one after the other."""
-    if batch == 0 or any(axis.is_empty for axis in form.geometry):
+    if batch == 0 or any(axis.is_empty for axis in whole.geometry):
         return Plan("none", "the result is empty, or zeros and bias", 0, 0)
-    call = Call.of(form, batch, _choice.room_for(platform, form, batch))
     plans = []
-    for kind in kinds:
+    for kind, form in itertools.chain.from_iterable(_choice.steps(kind, platform, whole) for kind in kinds):
+        call = Call.of(form, batch, _choice.room_for(platform, form, batch))
         if form.implementation == "auto":
             name, reason = _choice.decide(kind, platform, form, batch)
         else:

@@ -26,6 +26,7 @@ from conv3dt_jax._geometry import Geometry, turned
 from conv3dt_jax._primitives import Form
 from conv3dt_jax._spec import Conv3DTransposeSpec
 from conv3dt_jax.lowerings._tiles import plus
+from conv3dt_jax.lowerings._turn import turned_kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _compute(
     if channels_first:  # the outputs, the larger ones as a rule, are written so by the lowerings
         inputs = jnp.moveaxis(inputs, 1, -1)
     if reading.turned:
-        kernel = _turned(kernel, spec.groups)
+        kernel = turned_kernel(kernel, spec.groups)
     form = dataclasses.replace(reading.form, dtypes=(inputs.dtype, kernel.dtype, result))
     if bias is None:
         return _primitives.outputs(inputs, kernel, form).reshape(shape)
@@ -132,10 +133,3 @@ def _around(inputs: jax.Array, geometry: Geometry, first: int) -> tuple[jax.Arra
             inputs = jnp.pad(inputs, widths, mode="wrap")
             axes[i] = dataclasses.replace(axis, lo=0, out=inputs.shape[first + i], wraps=False)
     return inputs, (axes[0], axes[1], axes[2])
-
-
-def _turned(kernel: jax.Array, groups: int) -> jax.Array:
-    """``(kd, kh, kw, C // G, F)``, turned around in space, as ``(kd, kh, kw, F // G, C)``."""
-    *window, channels, filters = kernel.shape
-    kernel = jnp.flip(kernel, (0, 1, 2)).reshape(*window, channels, groups, filters // groups)
-    return kernel.transpose(0, 1, 2, 5, 4, 3).reshape(*window, filters // groups, channels * groups)

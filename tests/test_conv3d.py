@@ -272,3 +272,41 @@ def test_a_kernel_that_is_long_where_others_are_not_padded_does_not_end_the_proc
                 continue
             y = c3t.conv3d(x, w, padding=padding, implementation=implementation)
             np.testing.assert_allclose(y, oracle.conv3d(x, w, padding=padding))
+
+
+# Channels and filters that differ so much that gradients, or results, are computed from the other side, or the cells of
+# the width side by side: (channels, filters, width, strides, padding).
+LOPSIDED = [
+    (1, 8, 8, 1, "same"), (2, 8, 8, 1, "valid"), (2, 12, 10, 1, ((2, 0), (1, 1), (0, 2))), (8, 1, 8, 1, "same"), (8, 2, 12, 1, 1),
+    (1, 8, 16, 2, "same"), (2, 6, 12, 2, "valid"), (1, 4, 8, (2, 1, 2), "circular"), (2, 8, 8, 1, "circular"), (1, 3, 7, 2, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", LOPSIDED, ids=str)
+@pytest.mark.parametrize("operation", ["conv3d", "conv3d_transpose"])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_few_channels_or_few_filters(call, operation, data_format, dtype, x64) -> None:
+    channels, filters, width, strides, padding = call
+    kwargs = {"strides": strides, "padding": padding}
+    rng = np.random.default_rng(0)
+    sides = (channels, filters) if operation == "conv3d" else (filters, channels)
+    x, w, b = (
+        jnp.asarray(rng.normal(size=shape), dtype)
+        for shape in ((2, 4, 5, width, channels), (2, 3, 3, *sides), (filters,))
+    )
+    y = getattr(oracle, operation)(x, w, b, **kwargs)
+    ct = jnp.asarray(rng.normal(size=y.shape), dtype)
+    first = data_format == "channels_first"
+    move = (
+        (lambda a, back=False: jnp.moveaxis(a, *((1, -1) if back else (-1, 1)))) if first else (lambda a, back=False: a)
+    )
+    run = lambda x, w, b: getattr(c3t, operation)(x, w, b, data_format=data_format, **kwargs)
+    got, pullback = jax.vjp(jax.jit(run), move(x), w, b)
+    gx, gw, gb = pullback(move(ct))
+    vjp = oracle.conv3d_vjp if operation == "conv3d" else oracle.vjp
+    want = (y, *vjp(x, w, ct, **kwargs), np.asarray(ct, np.float64).sum((0, 1, 2, 3)))
+    rounding = 1e-10 if dtype == "float64" else 2**-7
+    for mine, theirs in zip((move(got, True), move(gx, True), gw, gb), want, strict=True):
+        assert mine.dtype == dtype
+        np.testing.assert_allclose(mine.astype("f8"), theirs, rtol=rounding, atol=rounding * np.abs(theirs).max())

@@ -9,6 +9,7 @@ Both need, for every input cell i, the patch of cotangents that it reached: ``P[
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
-from conv3dt_jax.lowerings import _blocks, _depthwise, _tiles
+from conv3dt_jax.lowerings import _blocks, _depthwise, _side_by_side, _tiles
 from conv3dt_jax.lowerings._work import Call, Work
 
 SHORT_RUN = 3
@@ -65,6 +66,44 @@ def gradients(
     Returns:
       ``(N, D, H, W, C)`` or None, and ``(kd, kh, kw, F / G, C)`` or None.
     """
+    static: dict[str, Any] = {
+        "groups": groups, "precision": precision, "accumulate": accumulate, "tile_bytes": tile_bytes, "result": result,
+        "channels_first": channels_first,
+    }  # fmt: skip
+    least = _side_by_side.LEAST_FOR_KERNEL if kernel is None else 2
+    r = _side_by_side.count(geometry, channels, cotangent.shape[1 if channels_first else 4], groups, least)
+    if r == 1:
+        return _gradients(inputs, kernel, cotangent, geometry, channels, **static)
+    stride = geometry[2].s
+    dx, dw = _gradients(
+        None if inputs is None else _side_by_side.cells(inputs, r),
+        None if kernel is None else _side_by_side.widened(kernel, r, stride),
+        cotangent,
+        _side_by_side.together(geometry, r),
+        channels * r,
+        **static,
+        long_runs=True,
+    )
+    dx = None if dx is None else dx.reshape(dx.shape[0], *(axis.n for axis in geometry), channels)
+    return dx, None if dw is None else _side_by_side.narrowed(dw, r, stride)
+
+
+def _gradients(
+    inputs: jax.Array | None,
+    kernel: jax.Array | None,
+    cotangent: jax.Array,
+    geometry: Geometry,
+    channels: int,
+    *,
+    groups: int,
+    precision: lax.PrecisionLike,
+    accumulate: DTypeLike,
+    tile_bytes: int,
+    result: DTypeLike | None,
+    channels_first: bool,
+    long_runs: bool = False,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """`gradients`, cell by cell of the geometry; ``long_runs`` says that few filters make no short runs."""
     operands = [a for a in (inputs, kernel, cotangent) if a is not None]
     dtype, sums = _tiles.operand_dtype(accumulate, *operands), _tiles.widest(accumulate, *operands)
     dx_dtype = sums if result is None else result
@@ -86,7 +125,7 @@ def gradients(
     turns = math.prod(geometry[dim].k for dim in _looped(geometry, each_f))
     columns = math.prod(axis.k for axis in geometry) * each_f // turns
     held = max(columns, math.prod(axis.s for axis in geometry) * each_f)
-    transposed = each_f < SHORT_RUN
+    transposed = each_f < SHORT_RUN and not long_runs
     if transposed and tile_bytes <= _tiles.LARGEST:
         tile_bytes = min(tile_bytes, SHORT_RUN_BYTES)
     elif tile_bytes < _tiles.LARGEST:
@@ -155,6 +194,9 @@ def gradients(
 
 def work(call: Call, gradients: int) -> Work:
     """The patches of all cells, twice (cut out, then side by side), and one or both products with them."""
+    r = _side_by_side.count(call.geometry, call.channels, call.filters, call.groups)
+    if r > 1:
+        call = dataclasses.replace(call, geometry=_side_by_side.together(call.geometry, r), channels=call.channels * r)
     blocks = _blocks.count(call.groups, call.channels, call.filters)
     inputs = call.batch * math.prod(axis.n for axis in call.geometry)
     gathered = inputs * math.prod(axis.k for axis in call.geometry) * call.filters
