@@ -31,7 +31,6 @@ SPECIAL = {FLOOR: ("floor", ""), REFERENCE: ("reference", "")}
 NETWORKS: dict[str, tuple[str, str]] = {
     "ours": ("network_jax", "ours"),
     "flax": ("network_jax", "flax"),
-    "flax-conv": ("network_jax", "flax-conv"),
     "torch": ("network_torch", "contiguous"),
     "torch-cl": ("network_torch", "channels_last_3d"),
 }

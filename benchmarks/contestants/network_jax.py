@@ -1,8 +1,4 @@
-"""A training step of the demo's U-Net: as it is, or with Flax's convolutions in the place of ours.
-
-"flax" puts `flax.linen.ConvTranspose` wherever the network has `Conv3DTranspose`. "flax-conv" is kinder: where the
-stride is 1 it puts `flax.linen.Conv`, as who writes the network in Flax would.
-"""
+"""A training step of the demo's U-Net: as it is, or with Flax's own layers, `Conv` and `ConvTranspose`, instead."""
 
 from __future__ import annotations
 
@@ -27,8 +23,8 @@ from examples.brain_segmentation.train import loss_function
 LEARNING_RATE = 1e-3
 
 
-def flax_layer(stride_1: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """`Conv3DTranspose`, as far as the network calls it, by Flax's layers."""
+def flax_layer(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """`Conv3D` or `Conv3DTranspose`, as far as the network calls it, by Flax's layer."""
 
     def make(
         filters: int,
@@ -40,14 +36,10 @@ def flax_layer(stride_1: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         dtype: Any = None,
     ) -> nn.Module:
         initializer = getattr(nn.initializers, kernel_initializer)()
-        layer = stride_1 if strides == 1 else nn.ConvTranspose
         sizes = (filters, (kernel_size,) * 3, (strides,) * 3, padding.upper())
-        return layer(*sizes, use_bias=use_bias, kernel_init=initializer, dtype=dtype)
+        return kind(*sizes, use_bias=use_bias, kernel_init=initializer, dtype=dtype)
 
     return make
-
-
-STRIDE_1: dict[str, Callable[..., nn.Module]] = {"flax": nn.ConvTranspose, "flax-conv": nn.Conv}
 
 
 @contextlib.contextmanager
@@ -56,7 +48,7 @@ def layers(variant: str) -> Iterator[None]:
     if variant == "ours":
         yield
         return
-    stand_in = types.SimpleNamespace(Conv3DTranspose=flax_layer(STRIDE_1[variant]))
+    stand_in = types.SimpleNamespace(Conv3D=flax_layer(nn.Conv), Conv3DTranspose=flax_layer(nn.ConvTranspose))
     with mock.patch.object(demo, "c3t", stand_in):
         yield
 

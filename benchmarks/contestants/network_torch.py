@@ -34,7 +34,7 @@ class Convolution(nn.Module):
 
 
 class UNet(nn.Module):
-    """Space to depth with a matrix after it is a strided convolution of 2x2x2, which PyTorch has."""
+    """The layers of the demo's network, one for one."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()

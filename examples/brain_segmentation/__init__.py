@@ -1,4 +1,4 @@
-"""A 3-D U-Net whose decoder is `Conv3DTranspose`, trained to segment a real MRI. Run `make demo`.
+"""A 3-D U-Net of `Conv3D` and `Conv3DTranspose`, trained to segment a real MRI. Run `make demo`.
 
 A training loop to copy: it can be killed at any moment and goes on to the bit where it was.
 

@@ -63,7 +63,7 @@ class OneLineParser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="python -m examples.brain_segmentation",
-        description="Train a 3-D U-Net whose decoder is Conv3DTranspose to segment a brain, and report what it learnt.",
+        description="Train a 3-D U-Net of Conv3D and Conv3DTranspose to segment a brain, and report what it learnt.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of the results")

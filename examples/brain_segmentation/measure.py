@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import conv3dt_jax as c3t
-from examples.brain_segmentation.model import Downsample, TrilinearUpsample
+from examples.brain_segmentation.model import TrilinearUpsample
 
 REPEATS = 9
 
@@ -30,14 +30,15 @@ class MaxPoolDown(nn.Module):
 
 def same(features: int) -> dict[str, nn.Module]:
     return {
-        "Conv3DTranspose, stride 1": c3t.Conv3DTranspose(features, 3, padding="same"),
+        "Conv3D, stride 1": c3t.Conv3D(features, 3, padding="same"),
         "flax Conv, stride 1": nn.Conv(features, (3, 3, 3)),
     }
 
 
 def down(features: int) -> dict[str, nn.Module]:
     return {
-        "space to depth + matrix": Downsample(features),
+        "Conv3D 2x2x2, stride 2": c3t.Conv3D(features, 2, strides=2),
+        "Conv3D 3x3x3, stride 2": c3t.Conv3D(features, 3, strides=2, padding="same"),
         "max pool + matrix": MaxPoolDown(features),
         "flax Conv 2x2x2, stride 2": nn.Conv(features, (2, 2, 2), (2, 2, 2), "VALID"),
         "flax Conv 3x3x3, stride 2": nn.Conv(features, (3, 3, 3), (2, 2, 2)),
