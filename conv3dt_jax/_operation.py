@@ -41,7 +41,7 @@ class Reading:
 def read(
     spec: ConvolutionSpec, geometry: Geometry, channels: int, operand: np.dtype, sums: np.dtype, result: np.dtype
 ) -> Reading:
-    """The reading of the form for an operation on operands of this dtype; ``result`` is before a bias is added."""
+    """The reading of the form for an operation on operands of this dtype."""
     convolution = not isinstance(spec, Conv3DTransposeSpec)
     axes = [turned(axis) if convolution else axis for axis in geometry]
     outputs = None not in axes
@@ -106,15 +106,17 @@ def _compute(
         return lax.broadcast_in_dim(fill, shape, (filters_dim,)).astype(result)
     inputs = inputs.reshape(-1 if len(batch) != 1 else batch[0], *inputs.shape[len(batch) :])
     inputs, geometry = _around(inputs, geometry, first=2 if channels_first else 1)
-    reading = read(spec, geometry, channels, inputs.dtype, sums, result if bias is None else sums)
+    reading = read(spec, geometry, channels, inputs.dtype, sums, result)
+    form = reading.form
     if not reading.outputs:
-        found = plus(_primitives.inputs(kernel, inputs, reading.form), bias)
+        if bias is not None:  # rounded once, after it
+            form = dataclasses.replace(form, dtypes=(sums, *form.dtypes[1:]))
+        found = plus(_primitives.inputs(kernel, inputs, form), bias)
         return (jnp.moveaxis(found, -1, 1) if channels_first else found).reshape(shape).astype(result)
     if channels_first:  # the outputs, the larger ones as a rule, are written so by the lowerings
         inputs = jnp.moveaxis(inputs, 1, -1)
     if reading.turned:
         kernel = turned_kernel(kernel, spec.groups)
-    form = dataclasses.replace(reading.form, dtypes=(inputs.dtype, kernel.dtype, result))
     if bias is None:
         return _primitives.outputs(inputs, kernel, form).reshape(shape)
     return _primitives.affine(inputs, kernel, bias, form).reshape(shape)

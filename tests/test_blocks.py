@@ -22,17 +22,14 @@ def specification(case: Case) -> c3t.Conv3DTransposeSpec:
     return c3t.Conv3DTransposeSpec(filters=case.filters, kernel_size=case.kernel, **keywords)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# Blocks of one row each for every case; of a few rows, which are planned alike whatever the case, for some.
+BLOCKS = [(name, {}, 1, case) for name in ("matmul", "phases") for case in CASES]
+BLOCKS += [("phases", {"channels_first": True}, 1, case) for case in CASES]
+BLOCKS += [(name, {}, 2000, case) for name in ("matmul", "phases") for case in CASES[1::3]]
+
+
 @pytest.mark.parametrize(
-    ("name", "layout", "tile_bytes"),
-    [
-        ("matmul", {}, 1),
-        ("matmul", {}, 2000),
-        ("phases", {}, 1),
-        ("phases", {}, 2000),
-        ("phases", {"channels_first": True}, 1),  # blocks are planned alike in both layouts
-    ],
-    ids=["matmul-1", "matmul-2000", "phases-1", "phases-2000", "phases-channels_first-1"],
+    ("name", "layout", "tile_bytes", "case"), BLOCKS, ids=lambda value: getattr(value, "name", str(value))
 )
 @pytest.mark.usefixtures("quick_compiles")
 def test_blocks_of_any_size_give_the_defined_result_and_gradients(
@@ -134,7 +131,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("padding", ["same", "valid", 1], ids=str)
+@pytest.mark.parametrize("padding", ["same", 1], ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_temporaries_stay_below_what_goes_in_and_comes_out(size: str, padding, data_format: str) -> None:
     """Whole-array patches would hold 4 to 27 times the inputs or the outputs."""

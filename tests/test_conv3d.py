@@ -16,7 +16,7 @@ from tests.helpers import quick_jit
 from tests.test_lowerings import DTYPES, IMPLEMENTATIONS, RESULTS
 
 triples = st.tuples
-SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+SETTINGS = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 
 
@@ -173,7 +173,7 @@ def test_it_is_what_lax_computes(call, direction, x64) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES])
-@pytest.mark.parametrize("call", ["unstrided", "strided", "patches", "depthwise", "groups"])
+@pytest.mark.parametrize("call", ["unstrided", "strided", "patches", "groups"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_each_dtype_is_exact_to_its_rounding(call, dtype, implementation) -> None:
     """With the bias: sums are in 32 bits, and rounded once."""
@@ -284,8 +284,10 @@ LOPSIDED = [
 
 @pytest.mark.parametrize("call", LOPSIDED, ids=str)
 @pytest.mark.parametrize("operation", ["conv3d", "conv3d_transpose"])
-@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize(
+    ("data_format", "dtype"),
+    [("channels_last", "float64"), ("channels_first", "float64"), ("channels_last", "bfloat16")],
+)
 def test_few_channels_or_few_filters(call, operation, data_format, dtype, x64) -> None:
     channels, filters, width, strides, padding = call
     kwargs = {"strides": strides, "padding": padding}

@@ -254,7 +254,7 @@ def test_spec_is_a_static_argument_that_does_not_recompile() -> None:
 
 
 @pytest.mark.parametrize("case", CHOSEN[:2], ids=lambda case: case.name)
-@by_implementation
+@pytest.mark.parametrize("implementation", ["auto", "phases"])  # the outputs of the others are transposed whole
 @pytest.mark.parametrize("mapped", ["inputs", "kernel", "both", "bias", "nothing"])
 def test_channels_first_is_channels_last_moved_under_every_derivative_and_map(implementation, case, mapped) -> None:
     """Lowerings write outputs, and read cotangents, with the filters second themselves."""

@@ -104,7 +104,7 @@ def test_volumes_of_many_blocks_are_seamless(space, kernel, strides) -> None:
 
 
 @pytest.mark.parametrize(("kernel", "strides"), [(3, 1), (4, 2), (5, 2), (3, 2)])
-@pytest.mark.parametrize(("channels", "filters"), [(8, 8), (32, 32), (64, 16)])
+@pytest.mark.parametrize(("channels", "filters"), [(8, 8), (64, 16)])
 def test_rounding_stays_within_four_times_that_of_the_direct_sum(channels, filters, kernel, strides) -> None:
     rng = np.random.default_rng(0)
     space = (12, 16, 16) if strides == 1 else (7, 8, 9)
