@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from conv3dt_jax import initializers
 from conv3dt_jax._explain import Explanation, explain
+from conv3dt_jax._parameters import apply, init
 from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
-from conv3dt_jax.functional import apply, conv3d, conv3d_transpose, init, output_shape
+from conv3dt_jax.functional import conv3d, conv3d_transpose, output_shape
 
 if TYPE_CHECKING:
     from conv3dt_jax import constraints, interop, nnx, regularizers

@@ -59,7 +59,8 @@ def steps(kind: str, platform: str, form: Any) -> list[tuple[str, Any]]:
     Without strides the inputs and the outputs of the form may change places, as in `_geometry.turned`, and on a CPU
     "auto" gathers from the side where less is to be gathered. Gradients gather cotangents, ``filters`` values a tap;
     from the other side the one for the inputs is a result, and the kernel's gathers inputs, ``channels`` values a tap.
-    A result of two channels is an adjoint, for which `_side_by_side` makes long runs.
+    A result of two channels is an adjoint, for which `_side_by_side` makes long runs. Neither is sent back: what is
+    gathered from the other side has fewer filters than channels.
     """
     if platform != "cpu" or form.implementation != "auto" or kind == "tangent":
         return [(kind, form)]
@@ -69,8 +70,9 @@ def steps(kind: str, platform: str, form: Any) -> list[tuple[str, Any]]:
     if GRADIENTS[kind] and form.filters >= FEWER * form.channels:
         pairs = (("outputs", "inputs"), ("kernel", "kernel"))
         return [(step, other) for step, gradient in pairs if kind in (gradient, "gradients")]
-    if not GRADIENTS[kind] and _side_by_side.count(other.geometry, other.channels, other.filters, form.groups) > 1:
-        return [("inputs", other)] if form.channels > 1 else [(kind, form)]
+    runs = _side_by_side.count(other.geometry, other.channels, other.filters, form.groups)
+    if not GRADIENTS[kind] and form.channels > 1 and runs > 1:
+        return [("inputs", other)]
     return [(kind, form)]
 
 

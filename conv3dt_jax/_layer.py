@@ -25,6 +25,7 @@ from conv3dt_jax._convolution_spec import ConvolutionSpec
 from conv3dt_jax._given_weights import GivenWeights
 from conv3dt_jax._keras_config import default_data_format
 from conv3dt_jax._operation import run
+from conv3dt_jax._parameters import initializer_of_bias, initializer_of_kernel
 from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
 
 # Arguments that a layer keeps in canonical form, so that equal layers are equal and a config has one spelling.
@@ -117,8 +118,8 @@ def configure(layer: Any, kind: Kind) -> LayerConfig:
     return LayerConfig(
         spec=spec,
         activation=_activations.get("activation", layer.activation),
-        kernel_initializer=_kernel_initializer(layer.kernel_initializer, spec, kind),
-        bias_initializer=_bias_initializer(layer.bias_initializer),
+        kernel_initializer=initializer_of_kernel(layer.kernel_initializer, spec),
+        bias_initializer=initializer_of_bias(layer.bias_initializer),
         kernel_regularizer=regularizers.get("kernel_regularizer", layer.kernel_regularizer),
         bias_regularizer=regularizers.get("bias_regularizer", layer.bias_regularizer),
         activity_regularizer=regularizers.get("activity_regularizer", layer.activity_regularizer),
@@ -131,25 +132,6 @@ def configure(layer: Any, kind: Kind) -> LayerConfig:
         trainable=args.boolean("trainable", layer.trainable),
         weights=None if layer.weights is None else GivenWeights.of(layer.weights, spec, param_dtype),
     )
-
-
-def _kernel_initializer(identifier: Any, spec: ConvolutionSpec, kind: Kind) -> _initializers.Initializer:
-    found = initializers.get("kernel_initializer", identifier, spec.strides, spec.groups)
-    if kind is ORDINARY and isinstance(found, tuple(initializers.CLASSES.values())):
-        raise ValueError(
-            f"{args.received('kernel_initializer', identifier)} makes kernels of transposed convolutions alone; "
-            f"choose another one for {kind.name}."
-        )
-    return found
-
-
-def _bias_initializer(identifier: Any) -> _initializers.Initializer:
-    found = initializers.get("bias_initializer", identifier)
-    if isinstance(found, tuple(initializers.CLASSES.values())):
-        raise ValueError(
-            f"{args.received('bias_initializer', identifier)} makes kernels alone; choose one for a vector."
-        )
-    return found
 
 
 def canonical(layer: Any, kind: Kind) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from conv3dt_jax._convolution_spec import ConvolutionSpec
 from conv3dt_jax._geometry import Geometry, turned
 from conv3dt_jax._primitives import Form
 from conv3dt_jax._spec import Conv3DTransposeSpec
-from conv3dt_jax.lowerings._tiles import plus
+from conv3dt_jax.lowerings._tiles import plus, wrapped
 from conv3dt_jax.lowerings._turn import turned_kernel
 
 
@@ -130,8 +130,6 @@ def _around(inputs: jax.Array, geometry: Geometry, first: int) -> tuple[jax.Arra
     axes = list(geometry)
     for i, axis in enumerate(geometry):
         if axis.wraps and axis.n * axis.s != axis.out:
-            widths = [(0, 0)] * inputs.ndim
-            widths[first + i] = (axis.lo, max(axis.full - axis.lo - axis.out, 0))
-            inputs = jnp.pad(inputs, widths, mode="wrap")
+            inputs = wrapped(inputs, first + i, axis.lo, max(axis.full - axis.lo - axis.out, 0))
             axes[i] = dataclasses.replace(axis, lo=0, out=inputs.shape[first + i], wraps=False)
     return inputs, (axes[0], axes[1], axes[2])

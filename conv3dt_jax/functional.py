@@ -1,18 +1,16 @@
-"""The pure functions: both operations on arrays, and with parameters apart from compute by a specification."""
+"""The pure functions: both operations on arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from conv3dt_jax import _arguments as args
-from conv3dt_jax import _operands, initializers
-from conv3dt_jax._convolution_spec import ConvolutionSpec
+from conv3dt_jax import _operands
 from conv3dt_jax._operation import run
 from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
 
@@ -90,8 +88,7 @@ def conv3d_transpose(
       NotImplementedError: a lowering chosen by name cannot take this geometry or dtype.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import conv3dt_jax as c3t
+      >>>       >>> import conv3dt_jax as c3t
       >>> inputs = jnp.ones((1, 4, 5, 6, 3))
       >>> kernel = jnp.ones((2, 2, 2, 8, 3))
       >>> c3t.conv3d_transpose(inputs, kernel, strides=2).shape
@@ -154,7 +151,8 @@ def conv3d(
 
     "valid" and "same" are those of Keras and TensorFlow, explicit padding is PyTorch's. An axis of length 0 gives no
     outputs, or bias. The adjoint of a convolution is `conv3d_transpose` of the same kernel, arguments and
-    ``output_size``: ``sum(conv3d(x, w) * y) == sum(x * conv3d_transpose(y, w, output_size=...))``.
+    ``output_size``: ``sum(conv3d(x, w) * y) == sum(x * conv3d_transpose(y, w, output_size=...))``; but for "circular"
+    with a stride that does not divide m, which a transposed convolution does not have.
 
     Dimensions: N batch, (D, H, W) depth, height, width, C input channels, F filters, G groups.
 
@@ -182,8 +180,7 @@ def conv3d(
       NotImplementedError: a lowering chosen by name cannot take this geometry or dtype.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import conv3dt_jax as c3t
+      >>>       >>> import conv3dt_jax as c3t
       >>> inputs = jnp.ones((1, 8, 9, 10, 3))
       >>> kernel = jnp.ones((3, 3, 3, 3, 8))
       >>> c3t.conv3d(inputs, kernel, strides=2, padding="same").shape
@@ -194,6 +191,11 @@ def conv3d(
       Lavin and Gray, Fast algorithms for convolutional neural networks, CVPR 2016 ("winograd").
     """
     kernel = _operands.kernel(kernel, Conv3DSpec.kernel_layout)
+    if kernel.shape[4] % args.integer("groups", groups, minimum=1):
+        raise ValueError(
+            f"`kernel` of shape {kernel.shape} has {kernel.shape[4]} filters (its last axis), which `groups={groups}` "
+            "does not divide; change one of them."
+        )
     spec = Conv3DSpec(
         filters=kernel.shape[4],
         kernel_size=kernel.shape[:3],
@@ -258,82 +260,3 @@ def output_shape(
     input_shape = args.shape("input_shape", input_shape)
     _operands.check_shapes(spec, spec.split_shape(input_shape)[2], kernel_shape, None)
     return spec.output_shape(input_shape, output_size)
-
-
-def init(
-    key: jax.Array,
-    spec: Conv3DTransposeSpec | Conv3DSpec,
-    in_channels: int,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    kernel_initializer: Any = "glorot_uniform",
-    bias_initializer: Any = "zeros",
-) -> dict[str, jax.Array]:
-    """New parameters for ``spec``: a plain dict, the pytree that `apply` takes.
-
-    Args:
-      key: a `jax.random` key.
-      spec: the operation, a `Conv3DTransposeSpec` or a `Conv3DSpec`.
-      in_channels: channels C of the inputs.
-      dtype: dtype of the parameters.
-      kernel_initializer: a Keras name, "trilinear", "icnr", a config dict, or a callable ``(key, shape, dtype)``.
-      bias_initializer: likewise.
-
-    Returns:
-      ``{"kernel": (kd, kh, kw, F // G, C), "bias": (F,)}``, or ``(kd, kh, kw, C // G, F)`` for a `Conv3DSpec`; no
-      "bias" where ``spec.use_bias`` is False.
-
-    Example:
-      >>> import jax
-      >>> import conv3dt_jax as c3t
-      >>> spec = c3t.Conv3DTransposeSpec(filters=8, kernel_size=2, strides=2)
-      >>> params = c3t.init(jax.random.key(0), spec, in_channels=3)
-      >>> {name: value.shape for name, value in params.items()}
-      {'bias': (8,), 'kernel': (2, 2, 2, 8, 3)}
-    """
-    _check_spec(spec)
-    dtype = args.inexact_dtype("dtype", dtype)
-    kernel_key, bias_key = jax.random.split(key)
-    make_kernel = initializers.get("kernel_initializer", kernel_initializer, spec.strides, spec.groups)
-    params = {"kernel": make_kernel(kernel_key, spec.kernel_shape(in_channels), dtype)}
-    if spec.use_bias:
-        make_bias = initializers.get("bias_initializer", bias_initializer)
-        params = {"bias": make_bias(bias_key, (spec.filters,), dtype), **params}
-    return params
-
-
-def apply(
-    params: Mapping[str, ArrayLike],
-    inputs: ArrayLike,
-    spec: Conv3DTransposeSpec | Conv3DSpec,
-    *,
-    output_size: Sequence[int] | None = None,
-) -> jax.Array:
-    """`conv3d_transpose`, or `conv3d`, with the parameters and the specification of `init`.
-
-    Args:
-      params: ``{"kernel": ..., "bias": ...}``; "bias" just where ``spec.use_bias``.
-      inputs: as in `conv3d_transpose`.
-      spec: the operation; hashable, so it may be a static argument of `jax.jit`.
-      output_size: the wanted ``(D, H, W)`` of a transposed convolution, in place of an output padding.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import conv3dt_jax as c3t
-      >>> spec = c3t.Conv3DTransposeSpec(filters=8, kernel_size=2, strides=2)
-      >>> params = c3t.init(jax.random.key(0), spec, in_channels=3)
-      >>> c3t.apply(params, jnp.ones((1, 4, 4, 4, 3)), spec).shape
-      (1, 8, 8, 8, 8)
-    """
-    _check_spec(spec)
-    wanted = {"kernel", "bias"} if spec.use_bias else {"kernel"}
-    if not isinstance(params, Mapping) or set(params) != wanted:
-        found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
-        raise ValueError(f"`params` must be a mapping with {sorted(wanted)} (`use_bias={spec.use_bias}`), not {found}.")
-    kernel = _operands.kernel(params["kernel"], spec.kernel_layout)
-    return run(inputs, kernel, params.get("bias"), spec, output_size)
-
-
-def _check_spec(spec: Any) -> None:
-    if not isinstance(spec, ConvolutionSpec):
-        raise TypeError(f"`spec` must be a Conv3DTransposeSpec or a Conv3DSpec, not {type(spec).__name__}.")

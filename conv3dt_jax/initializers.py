@@ -10,8 +10,9 @@ groups. Called on their own, as ``(key, shape, dtype)``, they need the strides g
 Array([0.33333334, 1.        , 1.        , 0.33333334], dtype=float32)
 
 `KERNEL_AXES` and `BIAS_AXES` are default names for the axes of the parameters, for sharding annotations: "filters" and
-"channels", logical names that rules map to the axes of a mesh. They go around an initializer (`nn.with_partitioning`,
-`nn.with_logical_partitioning`, `nnx.with_partitioning`), in NNX also into ``kernel_metadata={"out_sharding": ...}``:
+"channels", logical names that rules map to the axes of a mesh; `CONV3D_KERNEL_AXES` is for the kernel of `Conv3D`. They
+go around an initializer (`nn.with_partitioning`, `nn.with_logical_partitioning`, `nnx.with_partitioning`), in NNX also
+into ``kernel_metadata={"out_sharding": ...}``:
 
 >>> import flax.linen as nn
 >>> from conv3dt_jax import Conv3DTranspose
@@ -37,10 +38,12 @@ from jax.typing import DTypeLike
 from conv3dt_jax import _arguments as args
 from conv3dt_jax import _identifiers, _initializers
 
-__all__ = ["BIAS_AXES", "ICNR", "KERNEL_AXES", "Trilinear", "get"]
+__all__ = ["BIAS_AXES", "CONV3D_KERNEL_AXES", "ICNR", "KERNEL_AXES", "Trilinear", "get"]
 
-# The kernel (kd, kh, kw, F // G, C) and the bias (F,). With groups, "filters" are those of one group in the kernel.
+# The kernel (kd, kh, kw, F // G, C) and the bias (F,); the kernel (kd, kh, kw, C // G, F) of an ordinary convolution.
+# With groups, "filters", or "channels" there, are those of one group.
 KERNEL_AXES = (None, None, None, "filters", "channels")
+CONV3D_KERNEL_AXES = (None, None, None, "channels", "filters")
 BIAS_AXES = ("filters",)
 
 

@@ -132,14 +132,16 @@ SIZES = {
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("padding", ["same", 1], ids=str)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, "down_k2s2", "down_k3s2"])
 def test_temporaries_stay_below_what_goes_in_and_comes_out(size: str, padding, data_format: str) -> None:
     """Whole-array patches would hold 4 to 27 times the inputs or the outputs."""
-    shape, filters, k, s = SIZES[size]
+    operation, (shape, filters, k, s) = c3t.conv3d_transpose, SIZES.get(size.removeprefix("down_"), (None,) * 4)
+    if size.startswith("down_"):
+        operation, shape = c3t.conv3d, (1, 32, 32, 32, 16)
     x, w = jnp.ones(shape), jnp.ones((k, k, k, filters, shape[-1]))
     if data_format == "channels_first":
         x = jnp.moveaxis(x, -1, 1)
-    run = lambda x, w: c3t.conv3d_transpose(x, w, strides=s, padding=padding, data_format=data_format)
+    run = lambda x, w: operation(x, w, strides=s, padding=padding, data_format=data_format)
     y = jax.eval_shape(run, x, w)
     held = 4 * (x.size + w.size + y.size)
     forward = jax.jit(run).lower(x, w).compile().memory_analysis().temp_size_in_bytes

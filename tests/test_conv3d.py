@@ -218,6 +218,11 @@ def test_parameters_apart_from_compute() -> None:
     x = np.random.default_rng(0).normal(size=(2, 5, 6, 7, 3)).astype(np.float32)
     want = oracle.conv3d(x, params["kernel"], params["bias"], strides=2, padding="same", groups=3)
     np.testing.assert_allclose(c3t.apply(params, x, spec), want, rtol=1e-5, atol=1e-5)
+    for name in ("icnr", c3t.initializers.Trilinear(2)):
+        with pytest.raises(ValueError, match="makes kernels of transposed convolutions alone"):
+            c3t.init(jax.random.key(0), spec, 3, kernel_initializer=name)
+        with pytest.raises(ValueError, match="makes kernels alone"):
+            c3t.init(jax.random.key(0), spec, 3, bias_initializer=name)
     assert hash(spec) == hash(c3t.Conv3DSpec(6, [2, 3, 4], (2, 2, 2), "SAME", groups=3))
 
 
@@ -228,7 +233,7 @@ WRONG = [
     ((X, W[..., :0]), {}, ValueError, "every one of its sizes must be at least 1"),
     ((X[..., :1], W), {}, ValueError, r"the inputs have 1 channels, but the kernel .* takes 2 \(kernel.shape\[3\] \* groups"),
     ((X, W), {"groups": 2}, ValueError, "takes 4"),
-    ((X, W[..., :1, :3]), {"groups": 2}, ValueError, "`filters=3` must be divisible by `groups=2`"),
+    ((X, W[..., :1, :3]), {"groups": 2}, ValueError, r"has 3 filters \(its last axis\), which `groups=2` does not divide"),
     ((X, W, np.ones(3, np.float32)), {}, ValueError, r"it must be \(4,\): one value per filter \(kernel.shape\[4\] of them\)"),
     ((X, W, np.ones(4, np.int32)), {}, TypeError, "`bias` has dtype int32"),
     ((X, W.astype(np.float16)), {}, TypeError, "they must be the same"),

@@ -77,6 +77,30 @@ def test_flax(padding, kernel, strides, dilation, groups, x64) -> None:
         close(c3t.apply(params, X, interop.spec_from_flax(module)), peer.apply(variables, X))
 
 
+@pytest.mark.parametrize(
+    ("padding", "kernel", "strides"),
+    [
+        ("same", 3, 2),
+        ("valid", 3, 2),
+        ("SAME_LOWER", (2, 3, 4), 1),
+        ("CIRCULAR", 1, 2),
+        ("CIRCULAR", (1, 3, 4), (2, 1, 1)),
+    ],
+)
+def test_flax_spells_and_aligns_otherwise(padding, kernel, strides, x64) -> None:
+    sizes = [tuple(np.broadcast_to(value, 3).tolist()) for value in (kernel, strides)]
+    peer = nn.Conv(6, *sizes, padding, param_dtype=jnp.float64)
+    variables = peer.init(jax.random.key(0), X)
+    params = interop.from_flax(peer, variables["params"])
+    close(c3t.apply(params, X, interop.spec_from_flax(peer)), peer.apply(variables, X))
+
+
+def test_equinox_that_pads_nothing_is_valid_whatever_its_mode() -> None:
+    for mode in ("ZEROS", "CIRCULAR", "REFLECT", "REPLICATE"):
+        peer = eqx.nn.Conv3d(4, 6, 3, 2, padding=0, padding_mode=mode, key=jax.random.key(0))
+        assert interop.spec_from_equinox(peer).padding == "valid"
+
+
 def test_what_flax_has_and_we_do_not() -> None:
     for options, message in (
         ({"padding": "REFLECT"}, "no counterpart"),
@@ -208,6 +232,7 @@ def test_pytorch_s_circular_padding_is_ours_where_it_is_aligned() -> None:
             interop.spec_from_pytorch(other)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own, in load_weights
 def test_a_new_keras_archive_is_loaded_by_keras(tmp_path) -> None:
     layer = c3t.Conv3D(6, (2, 3, 1), 2, "same", groups=2, activation="relu", name="down")
     x = X.astype(np.float32)
@@ -218,6 +243,9 @@ def test_a_new_keras_archive_is_loaded_by_keras(tmp_path) -> None:
     back = interop.layer_from_keras(tmp_path / "down.keras")
     assert {**back.get_config(), "dtype": None} == layer.get_config()
     jax.tree.map(np.testing.assert_array_equal, interop.from_keras(tmp_path / "down.keras", "down"), params)
+    interop.to_keras(jax.tree.map(lambda a: 2 * a, params), tmp_path / "new.weights.h5", layer)
+    peer.load_weights(tmp_path / "new.weights.h5")
+    np.testing.assert_array_equal(peer.get_weights()[0], 2 * params["kernel"])
     with pytest.raises(ValueError, match="Keras's layer has no padding='circular'"):
         interop.to_keras(params, tmp_path / "new.keras", c3t.Conv3D(6, (2, 3, 1), padding="circular"))
 

@@ -235,3 +235,11 @@ def test_an_nnx_model_finds_penalizes_and_jits_both() -> None:
     want = sum(0.01 * np.square(layer.kernel[...]).sum() for layer in (first, second))
     want += sum(0.01 * np.abs(value).sum() / 2 for value in (middle, y))
     assert float(loss) == pytest.approx(want, rel=1e-4)
+
+
+def test_axes_of_the_kernel_have_names_for_sharding() -> None:
+    make = nn.with_logical_partitioning(
+        c3t.initializers.get("kernel_initializer", "ones"), c3t.initializers.CONV3D_KERNEL_AXES
+    )
+    variables = c3t.Conv3D(6, 2, kernel_initializer=make).init(jax.random.key(0), X)
+    assert tuple(nn.get_partition_spec(variables)["params"]["kernel"]) == (None, None, None, "channels", "filters")

@@ -136,17 +136,42 @@ def test_one_exported_module_serves_every_platform_and_batch(call, implementatio
     close(gw, want_gw)
 
 
-SYMBOLIC = ["unstrided", "strided", "strided_in_part", "patches", "gaps", "dilated", "dilated_and_strided", "groups"]
+SYMBOLIC = [
+    "unstrided", "strided", "strided_in_part", "patches", "gaps", "dilated", "dilated_and_strided", "groups", "circular",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("call", SYMBOLIC)
 def test_export_with_symbolic_spatial_sizes(call) -> None:
-    (x, w, b), run, reference, _ = prepared(call)
+    """The result and all gradients."""
+    (x, w, b), run, reference, vjp = prepared(call)
     n, d, h, k = export.symbolic_shape("n, d, h, k", constraints=["d >= 4", "h >= 4", "k >= 4"])
     shape = jax.ShapeDtypeStruct((n, d, h, k, x.shape[-1]), x.dtype)
-    exported = export.export(jax.jit(run))(shape, w, b)
+
+    def value_and_gradients(x, w, b):
+        y, pullback = jax.vjp(run, x, w, b)
+        return y, *pullback(jnp.sin(y))
+
+    exported = export.export(jax.jit(value_and_gradients))(shape, w, b)
     for volume in (x, np.concatenate([x, x[:, :3]], 1)[:1], np.concatenate([x, x, x], 3)):
-        close(exported.call(volume, w, b), reference(volume, w, b))
+        y = reference(volume, w, b)
+        for got, want in zip(exported.call(volume, w, b)[:3], (y, *vjp(volume, w, np.sin(y))), strict=True):
+            close(got, want, atol=1e-9)
+
+
+@pytest.mark.parametrize(("kernel", "strides"), [(2, 1), (3, 1), (3, 2), (2, 2), (5, 3)])
+def test_gradients_of_circular_transposed_convolutions_with_symbolic_sizes(kernel, strides) -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(2, 3, 4, 5, 2)), rng.normal(size=(kernel,) * 3 + (2, 2))
+    run = functools.partial(c3t.conv3d_transpose, strides=strides, padding="circular")
+    n, d, h, k = export.symbolic_shape("n, d, h, k")
+    shape = jax.ShapeDtypeStruct((n, d, h, k, 2), x.dtype)
+    exported = export.export(jax.jit(jax.grad(lambda x, w: jnp.sin(run(x, w)).sum(), (0, 1))))(shape, w)
+    y = oracle.conv3d_transpose(x, w, strides=strides, padding="circular")
+    for got, want in zip(
+        exported.call(x, w), oracle.vjp(x, w, np.cos(y), strides=strides, padding="circular"), strict=True
+    ):
+        close(got, want)
 
 
 @by_call

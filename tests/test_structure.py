@@ -47,7 +47,7 @@ FLOORS = [
     {"_primitives"},
     {"_batching"},
     {"_operation"},
-    {"_explain", "functional"},
+    {"_explain", "_parameters", "functional"},
     {"_given_weights"},
     {"_layer"},
     {"_config"},

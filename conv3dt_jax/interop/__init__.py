@@ -1,6 +1,7 @@
 """Weights from everywhere and back: Keras, PyTorch, Flax, Equinox, Haiku. One function for each direction.
 
-Parameters here are ``{"kernel": (kd, kh, kw, F // G, C), "bias": (F,)}``, what `conv3dt_jax.apply` and the layers take.
+Parameters here are ``{"kernel": (kd, kh, kw, F // G, C), "bias": (F,)}``, of an ordinary convolution with the kernel
+``(kd, kh, kw, C // G, F)``: what `conv3dt_jax.apply` and the layers take.
 ``spec_from_...`` gives the operation that goes with them, so that ``apply(params, inputs, spec)`` is the other
 framework's output. The packages are optional and imported when they are needed.
 

@@ -15,7 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 Params: TypeAlias = dict[str, Any]
-"""``{"kernel": (kd, kh, kw, F // G, C), "bias": (F,)}`` of one layer, or such dicts by the names of layers."""
+"""``{"kernel": (kd, kh, kw, F // G, C), "bias": (F,)}`` of one layer, or such dicts by the names of layers.
+
+The kernel of an ordinary convolution is ``(kd, kh, kw, C // G, F)``.
+"""
 
 PARTS = ("kernel", "bias")
 
@@ -48,7 +51,7 @@ def checked(params: Any, argument: str = "params") -> Params:
     if arrays["kernel"].ndim != 5:
         raise ValueError(
             f"`{argument}['kernel']` has shape {arrays['kernel'].shape}; it must be (kd, kh, kw, filters // groups, "
-            "channels)."
+            "channels), or of an ordinary convolution (kd, kh, kw, channels // groups, filters)."
         )
     check_bias(argument, arrays)
     return arrays

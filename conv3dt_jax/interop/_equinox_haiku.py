@@ -22,7 +22,7 @@ def from_equinox(module: Any) -> _common.Params:
       >>> {name: value.shape for name, value in from_equinox(module).items()}
       {'kernel': (2, 2, 2, 8, 3), 'bias': (8,)}
     """
-    _common.wanted("module", module, "equinox.nn.ConvTranspose3d", "weight", "bias", "groups")
+    _common.wanted("module", module, "equinox.nn.ConvTranspose3d or equinox.nn.Conv3d", "weight", "bias", "groups")
     weight, groups = _common.numpy("weight", module.weight), module.groups
     if _is_ordinary(module):
         arrays = {"kernel": weight.transpose(2, 3, 4, 1, 0)}
@@ -32,6 +32,7 @@ def from_equinox(module: Any) -> _common.Params:
         arrays = {"kernel": turned(kernel)}
     if module.bias is not None:
         arrays["bias"] = _common.numpy("bias", module.bias).reshape(-1)
+        _common.check_bias("module", arrays)
     return _common.as_jax(arrays)
 
 
@@ -52,7 +53,7 @@ def to_equinox(params: Mapping[str, Any], module: Any) -> Any:
     """
     arrays = _common.checked(params)
     equinox = _common.needed("equinox", "equinox")
-    _common.wanted("module", module, "equinox.nn.ConvTranspose3d", "weight", "bias", "groups")
+    _common.wanted("module", module, "equinox.nn.ConvTranspose3d or equinox.nn.Conv3d", "weight", "bias", "groups")
     kernel, groups = arrays["kernel"], module.groups
     if _is_ordinary(module):
         new = {"weight": kernel.transpose(4, 3, 0, 1, 2)}
@@ -83,7 +84,7 @@ def spec_from_equinox(module: Any) -> Conv3DTransposeSpec | Conv3DSpec:
       (8, 8, 8, 8)
     """
     names = ("kernel_size", "stride", "dilation", "padding", "padding_mode", "out_channels")
-    _common.wanted("module", module, "equinox.nn.ConvTranspose3d", *names)
+    _common.wanted("module", module, "equinox.nn.ConvTranspose3d or equinox.nn.Conv3d", *names)
     k, s, d = module.kernel_size, module.stride, module.dilation
     spans = [(a - 1) * b + 1 for a, b in zip(k, d, strict=True)]
     common: dict[str, Any] = {
@@ -116,14 +117,15 @@ def _is_ordinary(module: Any) -> bool:
 
 def _added(module: Any, spans: list[int]) -> Any:
     """The padding of an Equinox `Conv3d`."""
-    padding, around = module.padding, module.padding_mode == "CIRCULAR"
-    unstrided = max(module.stride) == 1
+    padding, unstrided = module.padding, max(module.stride) == 1
+    if padding == "VALID" or (not isinstance(padding, str) and not any(map(any, padding))):
+        return "valid"
+    if module.padding_mode == "ZEROS":
+        return added(padding, spans, module.stride)
     if padding == "SAME_LOWER" and unstrided:
-        padding = tuple((e - 1 - (e - 1) // 2, (e - 1) // 2) for e in spans)
-    if padding == "VALID" or (module.padding_mode == "ZEROS" and padding != "SAME_LOWER"):
-        return added(padding)
+        padding = added(padding, spans, module.stride)
     aligned = padding == "SAME" or (unstrided and [*padding] == [((e - 1) // 2, e // 2) for e in spans])
-    if around and aligned:
+    if module.padding_mode == "CIRCULAR" and aligned:
         return "circular"
     raise ValueError(
         f"padding={module.padding!r} with padding_mode={module.padding_mode!r} and stride {module.stride} has no "
@@ -201,7 +203,7 @@ def spec_from_haiku(module: Any) -> Conv3DTransposeSpec | Conv3DSpec:
       (1, 8, 8, 8, 8)
     """
     names = ("kernel_shape", "stride", "padding", "output_channels", "mask", "data_format")
-    _common.wanted("module", module, "haiku.Conv3DTranspose", *names)
+    _common.wanted("module", module, "haiku.Conv3DTranspose or haiku.Conv3D", *names)
     if module.mask is not None:
         raise ValueError("a Haiku module with a mask has no counterpart; multiply the mask into its weights.")
     spans, strides = three(module.kernel_shape), three(module.stride)
@@ -210,7 +212,7 @@ def spec_from_haiku(module: Any) -> Conv3DTransposeSpec | Conv3DSpec:
     common["data_format"] = "channels_first" if first else "channels_last"
     if not hasattr(module, "output_shape"):
         common |= {"dilation_rate": module.kernel_dilation, "groups": module.feature_group_count}
-        return Conv3DSpec(module.output_channels, padding=added(module.padding), **common)
+        return Conv3DSpec(module.output_channels, padding=added(module.padding, spans, strides), **common)
     if module.output_shape is not None:
         return Conv3DTransposeSpec(module.output_channels, padding=module.padding, **common)
     return Conv3DTransposeSpec(

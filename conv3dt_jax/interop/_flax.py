@@ -104,11 +104,11 @@ def spec_from_flax(module: Any) -> Conv3DTransposeSpec | Conv3DSpec:
     if _is_ordinary(module):
         if three(module.input_dilation) != (1, 1, 1):
             raise ValueError("input_dilation makes a transposed convolution; use conv3dt_jax.conv3d_transpose for it.")
-        if padding == "CIRCULAR" and max(strides) > 1:
+        if padding == "CIRCULAR" and any(e > 1 < s for e, s in zip(spans, strides, strict=True)):
             raise ValueError(
                 "padding='CIRCULAR' with strides lies otherwise than here; pad with jax.numpy.pad(mode='wrap') before."
             )
-        return Conv3DSpec(features, padding=added(padding), groups=module.feature_group_count, **common)
+        return Conv3DSpec(features, padding=added(padding, spans, strides), groups=module.feature_group_count, **common)
     if padding == "CIRCULAR":
         if module.transpose_kernel and any((e - s) % 2 and e > s for e, s in zip(spans, strides, strict=True)):
             raise ValueError(

@@ -115,7 +115,8 @@ def to_keras(params: Mapping[str, Any], target: Any, layer: str | Layer | None =
         layers, whose weights are replaced; or of a file that is to be made: a `.weights.h5` of one layer, a `.keras` of
         one, or a `.h5` of any number, which Keras loads with ``by_name=True``.
       layer: the layer's name in the target, where ``params`` are those of one; for a new `.keras` archive the
-        `Conv3DTranspose` or `Conv3D` itself, whose arguments go with them.
+        `Conv3DTranspose` or `Conv3D` itself, whose arguments go with them, and for a new `.weights.h5` of a `Conv3D`,
+        where Keras tells layers apart by their class.
 
     Raises:
       ValueError: names, shapes or dtypes that differ from the target's, which then stays as it was; for a new archive,
@@ -130,7 +131,7 @@ def to_keras(params: Mapping[str, Any], target: Any, layer: str | Layer | None =
       FileNotFoundError: there is no file 'model.keras'.
     """
     if isinstance(layer, Layer):
-        return _new_archive(_common.checked(params), target, layer)
+        return _new_file(_common.checked(params), target, layer)
     changes = _changes(params, layer)
     if isinstance(target, str | os.PathLike):
         path = os.fspath(target)
@@ -154,15 +155,16 @@ def to_keras(params: Mapping[str, Any], target: Any, layer: str | Layer | None =
     return None
 
 
-def _new_archive(arrays: dict[str, np.ndarray], target: Any, layer: Layer) -> None:
+def _new_file(arrays: dict[str, np.ndarray], target: Any, layer: Layer) -> None:
     path = _common.Path(target)
-    if path.suffix != ".keras" or path.exists():
+    weights = path.name.endswith(".weights.h5")
+    if not (path.suffix == ".keras" or weights) or path.exists():
         raise ValueError(
-            f"{path} must be a new .keras archive, where `layer` is a layer; else `layer` is a name in it."
+            f"{path} must be a new .keras archive or .weights.h5 where `layer` is a layer; else that is a name in it."
         )
     spec, config = _layer.configure(layer, layer.kind).spec, layer.get_config()
     extra = set(config) - set(_LAYERS[layer.kind.name](1, 1).get_config())
-    if extra or spec.padding not in ("valid", "same"):
+    if not weights and (extra or spec.padding not in ("valid", "same")):
         raise ValueError(
             f"Keras's layer has no {', '.join(sorted(extra)) or f'padding={spec.padding!r}'}; no archive is made."
         )
@@ -171,7 +173,10 @@ def _new_archive(arrays: dict[str, np.ndarray], target: Any, layer: Layer) -> No
     found = {name: array.shape for name, array in arrays.items()}
     if found != wanted:
         raise ValueError(f"the layer takes {wanted}, but the parameters are {found}.")
-    _keras_writing.create_archive(path, layer.kind.name, config, channels, arrays)
+    if weights:
+        name = layer.name or layer.kind.name.lower()
+        return _keras_writing.create(path, {name: arrays}, layer.kind.name)
+    return _keras_writing.create_archive(path, layer.kind.name, config, channels, arrays)
 
 
 def _changes(params: Mapping[str, Any], layer: str | None) -> dict[str | None, dict[str, np.ndarray]]:

@@ -69,8 +69,8 @@ def _keras_object(module: str, name: str, config: Mapping[str, Any]) -> dict[str
     return {"module": module, "class_name": name, "config": config, "registered_name": None}
 
 
-def create(path: Path, layers: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """A new file of weights: a `.weights.h5` of one layer, or an older `.h5`, which Keras loads by names."""
+def create(path: Path, layers: Mapping[str, Mapping[str, np.ndarray]], kind: str = "Conv3DTranspose") -> None:
+    """A new file of weights: a `.weights.h5` of one layer of a kind, or an older `.h5`, which Keras loads by names."""
     if path.name.endswith(".weights.h5"):
         if len(layers) > 1:
             raise ValueError(
@@ -78,7 +78,7 @@ def create(path: Path, layers: Mapping[str, Mapping[str, np.ndarray]]) -> None:
                 "not keep through JAX. Write into the model's own file, or make a .h5 and load it with by_name=True."
             )
         with _common.replacing(path) as new:
-            _write_one(new, *next(iter(layers.items())))
+            _write_one(new, *next(iter(layers.items())), kind)
         return
     wrong = [name for name in layers if "/" in name or name in (".", "..")]
     if wrong:
@@ -93,7 +93,7 @@ def create(path: Path, layers: Mapping[str, Mapping[str, np.ndarray]]) -> None:
                 group.create_dataset(f"{name}/{part}", data=array)
 
 
-def _write_one(target: Any, name: str, arrays: Mapping[str, np.ndarray], kind: str = "Conv3DTranspose") -> None:
+def _write_one(target: Any, name: str, arrays: Mapping[str, np.ndarray], kind: str) -> None:
     """The weights file of a model of one convolution."""
     h5py = _common.needed("h5py", "keras")
     with h5py.File(target, "w") as file:

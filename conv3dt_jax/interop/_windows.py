@@ -57,10 +57,12 @@ def crops(pads: Pairs, spans: Sequence[int]) -> dict[str, Any]:
     return {"padding": tuple(cropped), "output_padding": tuple(extra)}
 
 
-def added(padding: Any) -> Any:
+def added(padding: Any, spans: Sequence[int], strides: Sequence[int]) -> Any:
     """The padding of an ordinary convolution in a library on `jax.lax`, as that of a `Conv3DSpec`."""
     if isinstance(padding, str):
-        if padding not in ("SAME", "VALID", "CIRCULAR"):
+        if padding.upper() == "SAME_LOWER" and max(strides) == 1:
+            return tuple((e // 2, (e - 1) // 2) for e in spans)
+        if padding.upper() not in ("SAME", "VALID", "CIRCULAR"):
             raise ValueError(f"padding={padding!r} has no counterpart here; pad the inputs with jax.numpy.pad before.")
         return padding
     return (

@@ -27,8 +27,9 @@ from conv3dt_jax.lowerings._work import Call, Work
 SHORT_RUN = 3
 """Filters below which patches are stored tap by tap, since runs of so few values cannot be copied as blocks."""
 
-ROWS = 1024
-"""Of the products in a block, at least, where they are small enough: shorter ones run at half the pace."""
+ROWS, MORE = 1024, 1.3
+"""Of the products in a block, shorter ones of which run at half the pace; for so many it may be that much larger, where
+there is but one gradient to hold."""
 
 SHORT_RUN_BYTES = 2 << 20
 """Of the largest temporary of a block there, on a CPU: both copies of the patches stay in the second-level caches."""
@@ -54,7 +55,7 @@ def gradients(
       inputs: ``(N, D, H, W, C)`` or None.
       kernel: ``(kd, kh, kw, F / G, C)`` or None.
       cotangent: ``(N, *out, F)``, or ``(N, F, *out)`` with ``channels_first``.
-      geometry: of the transposed convolution.
+      geometry: of the form: n of the gradient for the inputs, out of the cotangent.
       channels: C.
       groups: G.
       precision: see `jax.lax.dot_general`.
@@ -128,8 +129,8 @@ def _gradients(
     transposed = each_f < SHORT_RUN and not long_runs
     if transposed and tile_bytes <= _tiles.LARGEST:
         tile_bytes = min(tile_bytes, SHORT_RUN_BYTES)
-    elif tile_bytes < _tiles.LARGEST:
-        tile_bytes = max(tile_bytes, min(ROWS * held * dtype.itemsize, _tiles.LARGEST))
+    elif tile_bytes < _tiles.LARGEST and (inputs is None or kernel is None):
+        tile_bytes = max(tile_bytes, min(ROWS * held * dtype.itemsize, int(MORE * tile_bytes)))
     spans = _tiles.plan((batch, blocks, *space), held * dtype.itemsize, tile_bytes)
     matrices = None
     if kernel is not None:
@@ -226,11 +227,8 @@ def _looped(geometry: Geometry, filters: int) -> list[int]:
 
 def unwrap(cotangent: jax.Array, dim: int, axis: Axis) -> jax.Array:
     """The cotangent of the full result of a circular axis."""
-    padding = [(0, 0)] * cotangent.ndim
-    padding[dim] = (axis.lo, max(axis.full - axis.lo - axis.out, 0))
-    if padding[dim] == (0, 0):
-        return cotangent
-    return lax.optimization_barrier(jnp.pad(cotangent, padding, mode="wrap"))
+    around = (axis.lo, max(axis.full - axis.lo - axis.out, 0))
+    return cotangent if around == (0, 0) else lax.optimization_barrier(_tiles.wrapped(cotangent, dim, *around))
 
 
 def _tap_order(geometry: Geometry) -> list[int]:

@@ -165,6 +165,14 @@ def looped(taps: Sequence[int], few: int = FEW_SLICES) -> int:
     return next(count for count in (1, 2, 3) if math.prod(taps[count:]) <= MOST_SLICES)
 
 
+def wrapped(array: jax.Array, dim: int, low: Any, high: Any) -> jax.Array:
+    """The array with ``low`` elements of its other end before an axis and ``high`` behind it; sizes may be symbolic."""
+    if all(isinstance(size, int) for size in (low, high, array.shape[dim])):
+        return jnp.pad(array, [(low, high) if i == dim else (0, 0) for i in range(array.ndim)], mode="wrap")
+    places = (jnp.arange(low + array.shape[dim] + high) - low) % jnp.asarray(array.shape[dim])
+    return jnp.take(array, places, axis=dim)
+
+
 def once(x: jax.Array, spans: Sequence[Span], starts: Sequence[Any], dims: Sequence[int]) -> jax.Array:
     """Zeros for the cells of a block that an earlier one has added already."""
     for dim, span, start in zip(dims, spans, starts, strict=True):

@@ -111,10 +111,8 @@ def _backward(
             cotangent = unwrap(cotangent, dim, axis)
         lo = 0 if axis.wraps else axis.lo
         around = (lo, axis.full - lo - cotangent.shape[dim])
-        if not all(isinstance(size, int) for size in around):  # the convolution takes no symbolic padding
-            config = [(0, 0, 0)] * cotangent.ndim
-            config[dim] = (*around, 0)
-            cotangent, around = lax.pad(cotangent, jnp.zeros((), cotangent.dtype), config), (0, 0)
+        if not all(isinstance(size, int) for size in around):  # as in _split_crop
+            cotangent, around = _padded(cotangent, dim, *around), (0, 0)
         paddings.append(around)
     return lax.conv_general_dilated(
         cotangent,
@@ -154,16 +152,24 @@ def _split_crop(axis: Axis) -> tuple[tuple[int, int], tuple[int, int]]:
     if axis.wraps:
         return (axis.ke - 1, axis.ke - 1), (0, 0)
     crop_low, crop_high = axis.lo, axis.full - axis.out - axis.lo
+    if not all(isinstance(crop, int) for crop in (crop_low, crop_high)):  # the convolution takes no symbolic padding
+        return (axis.ke - 1, axis.ke - 1), (crop_low, crop_high)
     most = max(axis.ke - 2, 0)
     inside_low, inside_high = min(crop_low, most), min(crop_high, most)
     padding = (axis.ke - 1 - inside_low, axis.ke - 1 - inside_high)
     return padding, (crop_low - inside_low, crop_high - inside_high)
 
 
-def _crop(outputs: jax.Array, dim: int, low: int, high: int) -> jax.Array:
-    if low == high == 0:
-        return outputs
-    return lax.slice_in_dim(outputs, low, outputs.shape[dim] - high, axis=dim)
+def _crop(outputs: jax.Array, dim: int, low: Any, high: Any) -> jax.Array:
+    if all(isinstance(crop, int) for crop in (low, high)):
+        return outputs if low == high == 0 else lax.slice_in_dim(outputs, low, outputs.shape[dim] - high, axis=dim)
+    return _padded(outputs, dim, -low, -high)
+
+
+def _padded(array: jax.Array, dim: int, low: Any, high: Any) -> jax.Array:
+    """Zeros around an axis, or less of it; sizes may be symbolic."""
+    config = [(low, high, 0) if i == dim else (0, 0, 0) for i in range(array.ndim)]
+    return lax.pad(array, jnp.zeros((), array.dtype), config)
 
 
 def _fold(outputs: jax.Array, dim: int, axis: Axis) -> jax.Array:
