@@ -28,7 +28,7 @@ demo-full: $(VENV)/.examples  ## the same with a larger budget, beside trilinear
 
 test: $(VENV)/.test  ## run the tests
 	@mkdir -p $(VENV)/cache
-	$(BIN)/python -m pytest -n 2 --basetemp $(VENV)/cache/pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --basetemp $(VENV)/cache/pytest $(ARGS)
 
 lint: $(VENV)/.dev  ## check style
 	$(BIN)/ruff check .

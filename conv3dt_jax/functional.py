@@ -88,7 +88,8 @@ def conv3d_transpose(
       NotImplementedError: a lowering chosen by name cannot take this geometry or dtype.
 
     Example:
-      >>>       >>> import conv3dt_jax as c3t
+      >>> import jax.numpy as jnp
+      >>> import conv3dt_jax as c3t
       >>> inputs = jnp.ones((1, 4, 5, 6, 3))
       >>> kernel = jnp.ones((2, 2, 2, 8, 3))
       >>> c3t.conv3d_transpose(inputs, kernel, strides=2).shape
@@ -180,7 +181,8 @@ def conv3d(
       NotImplementedError: a lowering chosen by name cannot take this geometry or dtype.
 
     Example:
-      >>>       >>> import conv3dt_jax as c3t
+      >>> import jax.numpy as jnp
+      >>> import conv3dt_jax as c3t
       >>> inputs = jnp.ones((1, 8, 9, 10, 3))
       >>> kernel = jnp.ones((3, 3, 3, 3, 8))
       >>> c3t.conv3d(inputs, kernel, strides=2, padding="same").shape
