@@ -55,7 +55,7 @@ def read(
         sums=sums,
         precision=spec.precision,
         implementation=spec.implementation,
-        channels_first=spec.data_format == "channels_first",
+        channels_first=outputs and spec.data_format == "channels_first",
     )
     return Reading(form, outputs, convolution and outputs)
 
@@ -108,13 +108,13 @@ def _compute(
     inputs, geometry = _around(inputs, geometry, first=2 if channels_first else 1)
     reading = read(spec, geometry, channels, inputs.dtype, sums, result)
     form = reading.form
+    if channels_first:  # outputs, the larger ones as a rule, are written so by the lowerings; inputs are moved
+        inputs = jnp.moveaxis(inputs, 1, -1)
     if not reading.outputs:
         if bias is not None:  # rounded once, after it
             form = dataclasses.replace(form, dtypes=(sums, *form.dtypes[1:]))
         found = plus(_primitives.inputs(kernel, inputs, form), bias)
         return (jnp.moveaxis(found, -1, 1) if channels_first else found).reshape(shape).astype(result)
-    if channels_first:  # the outputs, the larger ones as a rule, are written so by the lowerings
-        inputs = jnp.moveaxis(inputs, 1, -1)
     if reading.turned:
         kernel = turned_kernel(kernel, spec.groups)
     if bias is None:

@@ -232,3 +232,13 @@ def test_a_convolution_without_strides_is_its_transposed_twin() -> None:
     ]
     counts = [{op: text.count(f"stablehlo.{op}") for op in ("dot_general", "while", "concatenate")} for text in texts]
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("space", "channels", "filters", "strides", "name"),
+    [(16, 128, 256, 2, "dilated"), (32, 32, 64, 2, "phases"), (4, 128, 256, 2, "phases"), (16, 128, 256, 1, "phases")],
+)
+def test_strided_convolutions_of_long_patches_are_the_platform_s(space, channels, filters, strides, name) -> None:
+    """Measured 1.3 times faster, where few rows fit a block."""
+    spec = c3t.Conv3DSpec(filters, 3, strides, "same")
+    assert c3t.explain((1, space, space, space, channels), spec, platforms=["cpu"]).forward["cpu"].lowering == name

@@ -27,7 +27,7 @@ from conv3dt_jax.lowerings._work import Call, Work
 SHORT_RUN = 3
 """Filters below which patches are stored tap by tap, since runs of so few values cannot be copied as blocks."""
 
-ROWS, MORE = 1024, 1.3
+ROWS, MORE = 1024, 2.0
 """Of the products in a block, shorter ones of which run at half the pace; for so many it may be that much larger, where
 there is but one gradient to hold."""
 
