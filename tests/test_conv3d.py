@@ -16,7 +16,7 @@ from tests.helpers import quick_jit
 from tests.test_lowerings import DTYPES, IMPLEMENTATIONS, RESULTS
 
 triples = st.tuples
-SETTINGS = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 
 
