@@ -139,7 +139,7 @@ SIZES = {
 def test_temporaries_stay_below_what_goes_in_and_comes_out(size: str, padding, data_format: str) -> None:
     """Whole-array patches would hold 4 to 27 times the inputs or the outputs.
 
-    A strided convolution with the channels first copies its inputs once, channels last.
+    A strided convolution with the channels first copies its inputs, and their gradient, channels last.
     """
     operation, (shape, filters, k, s) = c3t.conv3d_transpose, SIZES.get(size.removeprefix("down_"), (None,) * 4)
     if size.startswith("down_"):
@@ -150,12 +150,12 @@ def test_temporaries_stay_below_what_goes_in_and_comes_out(size: str, padding, d
     run = lambda x, w: operation(x, w, strides=s, padding=padding, data_format=data_format)
     y = jax.eval_shape(run, x, w)
     copied = x.size if size.startswith("down_") and data_format == "channels_first" else 0
-    held = 4 * (x.size + w.size + y.size + copied)
+    held = 4 * (x.size + w.size + y.size)
     forward = jax.jit(run).lower(x, w).compile().memory_analysis().temp_size_in_bytes
     pull = lambda x, w, y: jax.vjp(run, x, w)[1](y)
     backward = jax.jit(pull).lower(x, w, y).compile().memory_analysis().temp_size_in_bytes
-    assert forward <= held
-    assert backward <= held
+    assert forward <= held + 4 * copied
+    assert backward <= held + 2 * 4 * copied
 
 
 def test_a_training_step_for_one_filter_holds_less_than_goes_in_and_comes_out() -> None:
