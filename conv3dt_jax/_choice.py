@@ -132,9 +132,8 @@ def _has_short_products(form: Any, call: Call) -> bool:
     plain = form.groups == 1 and all(dtype == jnp.float32 for dtype in form.dtypes)
     strided = any(axis.s > 1 for axis in form.geometry) and all(axis.d == 1 for axis in form.geometry)
     many = min(form.channels, form.filters) >= FILTERED[1]
-    patch = math.prod(axis.k for axis in form.geometry) * form.filters * form.sums.itemsize
-    rows = int(_adjoint.MORE * call.tile_bytes) // patch
-    return plain and strided and many and rows < SHORTEST and call.batch * math.prod(a.n for a in form.geometry) > rows
+    rows, cells = _adjoint.rows(call), call.batch * math.prod(axis.n for axis in form.geometry)
+    return plain and strided and many and rows < min(SHORTEST, cells)
 
 
 def _may_filter(form: Any, call: Call, gradients: int) -> bool:

@@ -164,6 +164,11 @@ class ConvolutionSpec(abc.ABC):
         return self.join_shape(batch, out, self.filters)
 
 
+def check_spec(spec: Any) -> None:
+    if not isinstance(spec, ConvolutionSpec):
+        raise TypeError(f"`spec` must be a Conv3DTransposeSpec or a Conv3DSpec, not {type(spec).__name__}.")
+
+
 def _nearest_multiples(value: int, divisor: int) -> str:
     below = value // divisor * divisor
     return f"{below} and {below + divisor}" if below else str(divisor)

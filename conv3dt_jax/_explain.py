@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from conv3dt_jax import _arguments as args
 from conv3dt_jax import _choice, _operands
-from conv3dt_jax._convolution_spec import ConvolutionSpec
+from conv3dt_jax._convolution_spec import check_spec
 from conv3dt_jax._operation import read
 from conv3dt_jax._primitives import Form
 from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
@@ -118,8 +118,7 @@ def explain(
       >>> plan.forward["cpu"].lowering
       'matmul'
     """
-    if not isinstance(spec, ConvolutionSpec):
-        raise TypeError(f"`spec` must be a Conv3DTransposeSpec or a Conv3DSpec, not {type(spec).__name__}.")
+    check_spec(spec)
     for platform in platforms:
         args.choice("platforms", platform, _choice.PLATFORMS)
     shape = args.shape("input_shape", input_shape)

@@ -50,8 +50,7 @@ class Kind:
     @property
     def of_spec(self) -> tuple[str, ...]:
         """The arguments of the specification."""
-        shared = ("filters", "kernel_size", "strides", "padding", "dilation_rate", "groups", "data_format", "use_bias")
-        return (*shared, "precision", "implementation", *(("output_padding",) if self is TRANSPOSED else ()))
+        return tuple(field.name for field in dataclasses.fields(self.spec) if field.name != "preferred_element_type")
 
     @property
     def arguments(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from conv3dt_jax import _arguments as args
 from conv3dt_jax import _operands, initializers
-from conv3dt_jax._convolution_spec import ConvolutionSpec
+from conv3dt_jax._convolution_spec import ConvolutionSpec, check_spec
 from conv3dt_jax._operation import run
 from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
 
@@ -47,7 +47,7 @@ def init(
       >>> {name: value.shape for name, value in params.items()}
       {'bias': (8,), 'kernel': (2, 2, 2, 8, 3)}
     """
-    _check_spec(spec)
+    check_spec(spec)
     dtype = args.inexact_dtype("dtype", dtype)
     kernel_key, bias_key = jax.random.split(key)
     make_kernel = initializer_of_kernel(kernel_initializer, spec)
@@ -81,18 +81,13 @@ def apply(
       >>> c3t.apply(params, jnp.ones((1, 4, 4, 4, 3)), spec).shape
       (1, 8, 8, 8, 8)
     """
-    _check_spec(spec)
+    check_spec(spec)
     wanted = {"kernel", "bias"} if spec.use_bias else {"kernel"}
     if not isinstance(params, Mapping) or set(params) != wanted:
         found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(f"`params` must be a mapping with {sorted(wanted)} (`use_bias={spec.use_bias}`), not {found}.")
     kernel = _operands.kernel(params["kernel"], spec.kernel_layout)
     return run(inputs, kernel, params.get("bias"), spec, output_size)
-
-
-def _check_spec(spec: Any) -> None:
-    if not isinstance(spec, ConvolutionSpec):
-        raise TypeError(f"`spec` must be a Conv3DTransposeSpec or a Conv3DSpec, not {type(spec).__name__}.")
 
 
 def initializer_of_kernel(identifier: Any, spec: ConvolutionSpec) -> Any:

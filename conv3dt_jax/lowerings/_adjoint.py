@@ -27,7 +27,7 @@ from conv3dt_jax.lowerings._work import Call, Work
 SHORT_RUN = 3
 """Filters below which patches are stored tap by tap, since runs of so few values cannot be copied as blocks."""
 
-ROWS, MORE = 1024, 2.0
+ROWS, MORE = 1024, 2
 """Of the products in a block, shorter ones of which run at half the pace; for so many it may be that much larger, where
 there is but one gradient to hold."""
 
@@ -43,11 +43,8 @@ def gradients(
     channels: int,
     *,
     groups: int,
-    precision: lax.PrecisionLike,
-    accumulate: DTypeLike,
-    tile_bytes: int,
-    result: DTypeLike | None = None,
     channels_first: bool = False,
+    **static: Any,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """The gradient for the inputs (where ``kernel`` is given) and for the kernel (where ``inputs`` is given).
 
@@ -67,10 +64,7 @@ def gradients(
     Returns:
       ``(N, D, H, W, C)`` or None, and ``(kd, kh, kw, F / G, C)`` or None.
     """
-    static: dict[str, Any] = {
-        "groups": groups, "precision": precision, "accumulate": accumulate, "tile_bytes": tile_bytes, "result": result,
-        "channels_first": channels_first,
-    }  # fmt: skip
+    static |= {"groups": groups, "channels_first": channels_first}
     least = _side_by_side.LEAST_FOR_KERNEL if kernel is None else 2
     r = _side_by_side.count(geometry, channels, cotangent.shape[1 if channels_first else 4], groups, least)
     if r == 1:
@@ -100,8 +94,8 @@ def _gradients(
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
     tile_bytes: int,
-    result: DTypeLike | None,
     channels_first: bool,
+    result: DTypeLike | None = None,
     long_runs: bool = False,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """`gradients`, cell by cell of the geometry; ``long_runs`` says that few filters make no short runs."""
@@ -129,8 +123,8 @@ def _gradients(
     transposed = each_f < SHORT_RUN and not long_runs
     if transposed and tile_bytes <= _tiles.LARGEST:
         tile_bytes = min(tile_bytes, SHORT_RUN_BYTES)
-    elif tile_bytes < _tiles.LARGEST and (inputs is None or kernel is None):
-        tile_bytes = max(tile_bytes, min(ROWS * held * dtype.itemsize, int(MORE * tile_bytes)))
+    elif inputs is None or kernel is None:
+        tile_bytes = _room(tile_bytes, held * dtype.itemsize)
     spans = _tiles.plan((batch, blocks, *space), held * dtype.itemsize, tile_bytes)
     matrices = None
     if kernel is not None:
@@ -191,6 +185,20 @@ def _gradients(
         dw = _unorder(dw, geometry, each_f, each_c)
         dw = _blocks.join_kernel(dw, groups, filters, channels)
     return dx, dw
+
+
+def _room(tile_bytes: int, cell_bytes: int) -> int:
+    """Bytes of a block where there is but one gradient to hold."""
+    if tile_bytes >= _tiles.LARGEST:
+        return tile_bytes
+    return max(tile_bytes, min(ROWS * cell_bytes, MORE * tile_bytes))
+
+
+def rows(call: Call) -> int:
+    """Of the products in a block, where one gradient is computed; at most all there are."""
+    patch = math.prod(axis.k for axis in call.geometry) * call.filters * call.itemsize
+    cells = call.batch * math.prod(axis.n for axis in call.geometry)
+    return min(_room(call.tile_bytes, patch) // patch, cells)
 
 
 def work(call: Call, gradients: int) -> Work:
