@@ -187,13 +187,14 @@ def test_each_dtype_is_exact_to_its_rounding(call, dtype, implementation) -> Non
     assert np.all(error <= DTYPES[dtype] * np.abs(want) + (2e-6 if DTYPES[dtype] else 0) * scale)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("call", ["unstrided", "strided"])
 @pytest.mark.parametrize(
     ("dtype", "preferred"), [("bfloat16", "float32"), ("int8", "float32"), ("int8", "int32"), ("float32", "float64")]
 )
-def test_preferred_element_type_is_the_results_dtype(call, dtype, preferred, x64) -> None:
+def test_preferred_element_type_is_the_results_dtype(call, dtype, preferred, implementation, x64) -> None:
     (x, w, b), kwargs = arguments(call, jnp.dtype(dtype))
-    y = c3t.conv3d(x, w, b, preferred_element_type=preferred, **kwargs)
+    y = c3t.conv3d(x, w, b, preferred_element_type=preferred, implementation=implementation, **kwargs)
     assert y.dtype == preferred
     np.testing.assert_allclose(y, oracle.conv3d(x, w, b, **kwargs), rtol=1e-5, atol=1e-5)
 
