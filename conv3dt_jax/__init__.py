@@ -15,6 +15,7 @@ from conv3dt_jax import initializers
 from conv3dt_jax._explain import Explanation, explain
 from conv3dt_jax._parameters import apply, init
 from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
+from conv3dt_jax._tiled import tiled
 from conv3dt_jax.functional import conv3d, conv3d_transpose, output_shape
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ __all__ = [
     "output_shape",
     "regularization_loss",
     "regularizers",
+    "tiled",
 ]
 
 # Flax and optax load when what needs them is first touched: `import conv3dt_jax` stays quick.

@@ -22,6 +22,7 @@ often. Since it rounds more, it must save a seventh.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from conv3dt_jax import _slabs
 from conv3dt_jax._geometry import Geometry, turned
 from conv3dt_jax.lowerings import LOWERINGS, _adjoint, _side_by_side, matmul, winograd
 from conv3dt_jax.lowerings._tiles import plus, tile_bytes
@@ -186,10 +188,12 @@ def check_named(implementation: str, geometry: Geometry, sums: Any) -> None:
 
 def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
     """Computes one of the primitives of `_primitives` with the lowering named there, or that "auto" means."""
+    if max(form.slabs) > 1:
+        return _slabs.run(functools.partial(run, kind, platform), kind, form, operands)
     if (found := steps(kind, platform, form)) != [(kind, form)]:
         return _from_the_other_side(kind, platform, form, found, *operands)
     (x_dtype, w_dtype, y_dtype), sums = form.dtypes, form.sums
-    x, w, y = _by_role(kind, operands)
+    x, w, y = by_role(kind, operands)
     batch = (x if y is None else y).shape[0]
     name = form.implementation if form.implementation != "auto" else choose(kind, platform, form, batch)
     lowering = LOWERINGS[name]
@@ -202,7 +206,7 @@ def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
         static["channels_first"] = True
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in (sums, *form.dtypes)):
         operands = tuple(operand.astype(sums) for operand in operands)  # the libraries mix no other kinds
-        x, w, y = _by_role(kind, operands)
+        x, w, y = by_role(kind, operands)
     if y is None:
         if kind == "tangent":
             dx, dw = operands[:2]
@@ -221,7 +225,7 @@ def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
 def _from_the_other_side(
     kind: str, platform: str, form: Any, found: Sequence[tuple[str, Any]], *operands: jax.Array
 ) -> Any:
-    x, w, y = _by_role(kind, operands)
+    x, w, y = by_role(kind, operands)
     if y is None:
         ((step, other),) = found
         if kind == "affine":  # rounded after the bias
@@ -239,7 +243,7 @@ def _from_the_other_side(
     return results if kind == "gradients" else results[0]
 
 
-def _by_role(kind: str, operands: Sequence[Any]) -> tuple[Any, Any, Any]:
+def by_role(kind: str, operands: Sequence[Any]) -> tuple[Any, Any, Any]:
     """The inputs, the kernel and the outputs among the operands of a primitive."""
     if kind == "inputs":
         return None, operands[0], operands[1]

@@ -67,16 +67,16 @@ class Explanation:
 
     def __str__(self) -> str:
         rows = [
-            f"inputs  {self.input_shape} {self.dtype}, {_size(self.input_bytes)}",
-            f"kernel  {self.kernel_shape}, {_size(self.kernel_bytes)}",
-            f"outputs {self.output_shape}, {_size(self.output_bytes)}",
+            f"inputs  {self.input_shape} {self.dtype}, {size_text(self.input_bytes)}",
+            f"kernel  {self.kernel_shape}, {size_text(self.kernel_bytes)}",
+            f"outputs {self.output_shape}, {size_text(self.output_bytes)}",
             f"{self.multiply_adds:,} multiply-adds",
         ]
         for title, plans in (("result", self.forward), ("both gradients", self.gradients)):
             for platform, plan in plans.items():
                 rows.append(
                     f"{platform:5s} {title}: {plan.lowering}, {plan.multiply_adds:,} multiply-adds, "
-                    f"about {_size(plan.temporary_bytes)} of temporaries; {plan.reason}"
+                    f"about {size_text(plan.temporary_bytes)} of temporaries; {plan.reason}"
                 )
         return "\n".join(rows)
 
@@ -141,14 +141,14 @@ def explain(
         input_bytes=math.prod(shape) * operand.dtype.itemsize,
         kernel_bytes=math.prod(kernel_shape) * operand.dtype.itemsize,
         output_bytes=math.prod(output_shape) * result.itemsize,
-        forward={platform: _plan(forward, platform, reading.form, batch) for platform in platforms},
-        gradients={platform: _plan(backward, platform, reading.form, batch) for platform in platforms},
+        forward={platform: plan_of(forward, platform, reading.form, batch) for platform in platforms},
+        gradients={platform: plan_of(backward, platform, reading.form, batch) for platform in platforms},
     )
     print(explanation)
     return explanation
 
 
-def _plan(kinds: Sequence[str], platform: str, whole: Form, batch: int) -> Plan:
+def plan_of(kinds: Sequence[str], platform: str, whole: Form, batch: int) -> Plan:
     """The plan for primitives that are computed one after the other."""
     if batch == 0 or any(axis.is_empty for axis in whole.geometry):
         return Plan("none", "the result is empty, or zeros and bias", 0, 0)
@@ -169,7 +169,7 @@ def _plan(kinds: Sequence[str], platform: str, whole: Form, batch: int) -> Plan:
     )
 
 
-def _size(size: float) -> str:
+def size_text(size: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.1f} {unit}" if unit != "B" else f"{size} B"

@@ -125,6 +125,22 @@ def turned(axis: Axis) -> Axis | None:
     return Axis(axis.out, axis.k, 1, axis.d, lo, axis.n, axis.wraps)
 
 
+def part_of_outputs(axis: Axis, length: int) -> tuple[int, Axis]:
+    """``length`` outputs from ``c * s`` on, for whatever c, as an axis of their own.
+
+    Returns the first input that it takes, counted from c, and the axis. Inputs before and behind what there is are
+    zeros, or the other end of a circular axis.
+    """
+    first = min(-((axis.ke - 1 - axis.lo) // axis.s), axis.lo // axis.s)
+    last = (length - 1 + axis.lo) // axis.s
+    return first, Axis(last - first + 1, axis.k, axis.s, axis.d, axis.lo - first * axis.s, length)
+
+
+def part_of_inputs(axis: Axis, length: int) -> tuple[int, Axis]:
+    """``length`` inputs from i on: the first output that they reach, counted from ``i * s``, and their full axis."""
+    return -axis.lo, Axis(length, axis.k, axis.s, axis.d, 0, full_length(length, axis.k, axis.s, axis.d))
+
+
 def tap_phases(axis: Axis) -> tuple[tuple[int, int], ...]:
     """Splits each tap's offset ``t * d`` as ``block * s + residue``: its (block, residue) pairs, tap by tap."""
     return tuple(divmod(t * axis.d, axis.s) for t in range(axis.k))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from conv3dt_jax import _operands, _primitives
 from conv3dt_jax._choice import check_named
 from conv3dt_jax._convolution_spec import ConvolutionSpec
 from conv3dt_jax._geometry import Geometry, turned
-from conv3dt_jax._primitives import Form
+from conv3dt_jax._primitives import WHOLE, Form
 from conv3dt_jax._spec import Conv3DTransposeSpec
 from conv3dt_jax.lowerings._tiles import plus, wrapped
 from conv3dt_jax.lowerings._turn import turned_kernel
@@ -37,9 +38,20 @@ class Reading:
     outputs: bool
     turned: bool
 
+    @property
+    def result(self) -> np.dtype:
+        """The dtype of what results."""
+        return self.form.dtypes[2 if self.outputs else 0]
+
 
 def read(
-    spec: ConvolutionSpec, geometry: Geometry, channels: int, operand: np.dtype, sums: np.dtype, result: np.dtype
+    spec: ConvolutionSpec,
+    geometry: Geometry,
+    channels: int,
+    operand: np.dtype,
+    sums: np.dtype,
+    result: np.dtype,
+    slabs: tuple[int, int, int] = WHOLE,
 ) -> Reading:
     """The reading of the form for an operation on operands of this dtype."""
     convolution = not isinstance(spec, Conv3DTransposeSpec)
@@ -56,6 +68,7 @@ def read(
         precision=spec.precision,
         implementation=spec.implementation,
         channels_first=outputs and spec.data_format == "channels_first",
+        slabs=slabs,
     )
     return Reading(form, outputs, convolution and outputs)
 
@@ -68,10 +81,35 @@ def run(
     output_size: Sequence[int] | None = None,
     *,
     keras_rules: bool = False,
+    slabs: tuple[int, int, int] = WHOLE,
 ) -> jax.Array:
-    """The operation behind the functions and the layers: checks the arrays, then computes."""
+    """The operation behind the functions and the layers: checks the arrays, then computes, maybe slab by slab."""
     inputs = _operands.array("inputs", inputs)
     bias = None if bias is None else _operands.array("bias", bias)
+    geometry = checked(inputs, kernel, bias, spec, output_size, keras_rules=keras_rules)
+    sums, result = _operands.result_dtypes(spec, inputs, kernel)
+    return _compute(
+        inputs,
+        kernel,
+        bias,
+        spec=spec,
+        geometry=geometry,
+        sums=sums,
+        result=result,
+        slabs=slabs,
+    )
+
+
+def checked(
+    inputs: Any,
+    kernel: Any,
+    bias: Any,
+    spec: ConvolutionSpec,
+    output_size: Sequence[int] | None = None,
+    *,
+    keras_rules: bool = False,
+) -> Geometry:
+    """The axes, for operands that fit each other and the spec; ``inputs`` has a shape and a dtype."""
     _, spatial, channels = spec.split_shape(inputs.shape)
     _operands.check_shapes(spec, channels, kernel.shape, bias)
     sums, result = _operands.result_dtypes(spec, inputs, kernel)
@@ -82,10 +120,10 @@ def run(
     if spec.implementation != "auto":
         reading = read(spec, geometry, channels, inputs.dtype, sums, result)
         check_named(spec.implementation, reading.form.geometry, sums)
-    return _compute(inputs, kernel, bias, spec=spec, geometry=geometry, sums=sums, result=result)
+    return geometry
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "geometry", "sums", "result"))
+@functools.partial(jax.jit, static_argnames=("spec", "geometry", "sums", "result", "slabs"))
 def _compute(
     inputs: jax.Array,
     kernel: jax.Array,
@@ -95,41 +133,56 @@ def _compute(
     geometry: Geometry,
     sums: np.dtype,
     result: np.dtype,
+    slabs: tuple[int, int, int],
 ) -> jax.Array:
     batch, _, channels = spec.split_shape(inputs.shape)
-    channels_first = spec.data_format == "channels_first"
     shape = spec.join_shape(batch, spec.space(geometry), spec.filters)
     bias = None if bias is None else bias.astype(sums)
-    if 0 in batch or any(axis.is_empty for axis in geometry):
+    if is_constant(batch, geometry):
         fill = jnp.zeros((spec.filters,), sums) if bias is None else bias
-        filters_dim = len(shape) - (4 if channels_first else 1)
+        filters_dim = len(shape) - (4 if spec.data_format == "channels_first" else 1)
         return lax.broadcast_in_dim(fill, shape, (filters_dim,)).astype(result)
     inputs = inputs.reshape(-1 if len(batch) != 1 else batch[0], *inputs.shape[len(batch) :])
-    inputs, geometry = _around(inputs, geometry, first=2 if channels_first else 1)
-    reading = read(spec, geometry, channels, inputs.dtype, sums, result)
-    form = reading.form
+    geometry, around = opened(geometry)
+    for dim, (low, high) in enumerate(around, start=2 if spec.data_format == "channels_first" else 1):
+        inputs = inputs if (low, high) == (0, 0) else wrapped(inputs, dim, low, high)
+    reading = read(spec, geometry, channels, inputs.dtype, sums, result, slabs)
+    return computed(inputs, kernel, bias, reading, spec).reshape(shape)
+
+
+def is_constant(batch: Sequence[Any], geometry: Geometry) -> bool:
+    """Whether the result is empty, or the bias alone."""
+    return 0 in batch or any(axis.is_empty for axis in geometry)
+
+
+def computed(
+    inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None, reading: Reading, spec: ConvolutionSpec
+) -> jax.Array:
+    """The operation on inputs with one axis of batch, as the form is read; the bias has the dtype of the sums."""
+    form, channels_first = reading.form, spec.data_format == "channels_first"
     if channels_first:  # outputs, the larger ones as a rule, are written so by the lowerings; inputs are moved
         inputs = jnp.moveaxis(inputs, 1, -1)
     if not reading.outputs:
         if bias is not None:  # rounded once, after it
-            form = dataclasses.replace(form, dtypes=(sums, *form.dtypes[1:]))
+            form = dataclasses.replace(form, dtypes=(form.sums, *form.dtypes[1:]))
         found = plus(_primitives.inputs(kernel, inputs, form), bias)
-        return (jnp.moveaxis(found, -1, 1) if channels_first else found).reshape(shape).astype(result)
+        return (jnp.moveaxis(found, -1, 1) if channels_first else found).astype(reading.result)
     if reading.turned:
-        kernel = turned_kernel(kernel, spec.groups)
+        kernel = turned_kernel(kernel, form.groups)
     if bias is None:
-        return _primitives.outputs(inputs, kernel, form).reshape(shape)
-    return _primitives.affine(inputs, kernel, bias, form).reshape(shape)
+        return _primitives.outputs(inputs, kernel, form)
+    return _primitives.affine(inputs, kernel, bias, form)
 
 
-def _around(inputs: jax.Array, geometry: Geometry, first: int) -> tuple[jax.Array, Geometry]:
-    """Circular convolutions whose stride does not divide the inputs, with the other end copied to either side.
+def opened(geometry: Geometry) -> tuple[Geometry, tuple[tuple[Any, Any], ...]]:
+    """Circular convolutions whose stride does not divide the inputs, as others of more inputs.
 
-    On the other circular axes whole strides wrap around, and the lowerings see to them.
+    Returns the axes, and how much of the other end stands before and behind the inputs. On the other circular axes
+    whole strides wrap around, and the lowerings see to them.
     """
-    axes = list(geometry)
+    axes, around = list(geometry), [(0, 0)] * 3
     for i, axis in enumerate(geometry):
         if axis.wraps and axis.n * axis.s != axis.out:
-            inputs = wrapped(inputs, first + i, axis.lo, max(axis.full - axis.lo - axis.out, 0))
-            axes[i] = dataclasses.replace(axis, lo=0, out=inputs.shape[first + i], wraps=False)
-    return inputs, (axes[0], axes[1], axes[2])
+            around[i] = (axis.lo, max(axis.full - axis.lo - axis.out, 0))
+            axes[i] = dataclasses.replace(axis, lo=0, out=axis.out + sum(around[i]), wraps=False)
+    return (axes[0], axes[1], axes[2]), tuple(around)

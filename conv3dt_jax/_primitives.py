@@ -32,6 +32,7 @@ from conv3dt_jax import _choice
 from conv3dt_jax._geometry import Geometry
 
 Shape = tuple[Any, ...]
+WHOLE = (1, 1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Form:
     """What the three directions have in common; static and hashable.
 
     ``dtypes`` are those of the inputs, the kernel and the outputs, ``sums`` that of the sums before they are rounded to
-    the outputs'. Channels and filters count all groups. ``channels_first`` is about the outputs.
+    the outputs'. Channels and filters count all groups. ``channels_first`` is about the outputs. Each axis is computed
+    in as many ``slabs``, one after the other.
     """
 
     geometry: Geometry
@@ -51,6 +53,7 @@ class Form:
     precision: lax.PrecisionLike
     implementation: str
     channels_first: bool = False
+    slabs: tuple[int, int, int] = WHOLE
 
     def inputs_shape(self, batch: Any) -> Shape:
         return (batch, *(axis.n for axis in self.geometry), self.channels)

@@ -1,0 +1,299 @@
+"""`tiled`: slab by slab the result is that of the whole, in bounded memory, on the device and from host to host."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import conv3dt_jax as c3t
+from conv3dt_jax import _slab_sizes
+from tests import oracle, test_conv3d, test_properties
+from tests.helpers import quick_jit
+
+SETTINGS = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+FORMATS = ["channels_last", "channels_first"]
+close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
+counts = st.tuples(*[st.integers(1, 5)] * 3)
+
+
+@st.composite
+def problems(draw):
+    """Either operation: its spec, operands in float64, what it should give, and slabs."""
+    transposed = draw(st.booleans())
+    batch, space, kernel_shape, kwargs = draw((test_properties if transposed else test_conv3d).calls())
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    channels = kernel_shape[4] if transposed else kernel_shape[3] * kwargs["groups"]
+    filters = kernel_shape[3] * kwargs["groups"] if transposed else kernel_shape[4]
+    kind = c3t.Conv3DTransposeSpec if transposed else c3t.Conv3DSpec
+    data_format = draw(st.sampled_from(FORMATS))
+    spec = kind(filters, kernel_shape[:3], **kwargs, data_format=data_format)
+    x, w, b = (rng.normal(size=size) for size in ((*batch, *space, channels), kernel_shape, filters))
+    try:
+        shape = spec.output_shape(layout(x, data_format).shape)
+    except ValueError:
+        return None
+    batch, out, _ = spec.split_shape(shape)
+    slabs = tuple(min(count, max(size, 1)) for count, size in zip(draw(counts), out, strict=True))
+    flat = x.reshape(-1 if x.size else int(np.prod(batch)), *x.shape[-4:])
+    want = (oracle.conv3d_transpose if transposed else oracle.conv3d)(flat, w, **kwargs) + b
+    ct = rng.normal(size=want.shape)
+    adjoints = (oracle.vjp if transposed else oracle.conv3d_vjp)(flat, w, ct, **kwargs)
+    wanted = [want.reshape(*batch, *want.shape[1:]), adjoints[0].reshape(x.shape), adjoints[1]]
+    return spec, (x, w, b), ct.reshape(wanted[0].shape), wanted, slabs
+
+
+def layout(value, data_format):
+    return np.moveaxis(value, -1, -4) if data_format == "channels_first" else np.asarray(value)
+
+
+def back(value, data_format):
+    return np.moveaxis(np.asarray(value), -4, -1) if data_format == "channels_first" else np.asarray(value)
+
+
+@SETTINGS
+@given(problem=problems())
+def test_values_and_gradients_are_those_of_the_definition(problem) -> None:
+    if problem is None:
+        return
+    spec, (x, w, b), ct, (want, want_dx, want_dw), slabs = problem
+    move = functools.partial(layout, data_format=spec.data_format)
+
+    def run(x, w, b, ct):
+        y, pullback = jax.vjp(lambda *operands: c3t.tiled(*operands, spec=spec, slabs=slabs), x, w, b)
+        return y, *pullback(ct)
+
+    with jax.enable_x64(True):
+        y, dx, dw, db = quick_jit(run)(move(x), w, b, move(ct))
+    close(back(y, spec.data_format), want)
+    close(back(dx, spec.data_format), want_dx)
+    close(dw, want_dw)
+    close(db, ct.reshape(-1, ct.shape[-1]).sum(0))
+
+
+@SETTINGS
+@given(problem=problems())
+def test_from_host_to_host_it_is_the_definition_too(problem) -> None:
+    if problem is None:
+        return
+    spec, (x, w, b), _, (want, *_), slabs = problem
+    move = functools.partial(layout, data_format=spec.data_format)
+    out = np.full(move(want).shape, np.nan)
+    with jax.enable_x64(True):
+        found = c3t.tiled(move(x), w, b, spec=spec, slabs=slabs, out=out, progress=False)
+    assert found is out
+    close(back(out, spec.data_format), want)
+
+
+def operands(shape=(1, 12, 10, 8, 3), kernel=(3, 3, 3, 4, 3), dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=size), dtype) for size in (shape, kernel, kernel[3])]
+
+
+@pytest.mark.parametrize("implementation", ["matmul", "phases"])
+@pytest.mark.parametrize(
+    ("window", "strides", "padding"), [(2, 2, "valid"), (3, 2, "same"), (4, 2, 1), (3, 1, "same"), (5, 3, "circular")]
+)
+def test_where_the_same_lowering_sums_the_same_products_the_bits_are_equal(
+    implementation, window, strides, padding
+) -> None:
+    x, w, b = operands((1, 16, 12, 12, 16), (window,) * 3 + (8, 16))
+    keywords = {"strides": strides, "padding": padding, "implementation": implementation}
+    whole = c3t.conv3d_transpose(x, w, b, **keywords)
+    for slabs in (2, 5, (2, 3, 1)):
+        assert (np.asarray(c3t.tiled(x, w, b, **keywords, slabs=slabs)) == np.asarray(whole)).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int8])
+def test_every_dtype_is_rounded_as_the_whole_is(dtype) -> None:
+    x, w, b = (3 * a for a in operands())
+    x, w, b = (a.astype(dtype) for a in (x, w, b))
+    b = b.astype(jnp.int32) if dtype == jnp.int8 else b
+    keywords = {"strides": 2, "padding": "same", "implementation": "phases"}
+    whole = c3t.conv3d_transpose(x, w, b, **keywords)
+    slabs = c3t.tiled(x, w, b, **keywords, slabs=(3, 2, 1))
+    out = np.zeros(whole.shape, whole.dtype)
+    c3t.tiled(np.asarray(x), w, b, **keywords, slabs=(3, 2, 1), out=out, progress=False)
+    assert slabs.dtype == whole.dtype
+    np.testing.assert_array_equal(np.asarray(slabs, np.float64), np.asarray(whole, np.float64))
+    np.testing.assert_array_equal(out.astype(np.float64), np.asarray(whole, np.float64))
+
+
+def test_transformations_compose() -> None:
+    x, w, b = operands()
+    keywords = {"strides": 2, "padding": "same"}
+
+    def loss(call, x, w, b):
+        return jnp.sum(jnp.tanh(call(x, w, b, **keywords)))
+
+    tiled = functools.partial(loss, functools.partial(c3t.tiled, slabs=(2, 3, 1)))
+    whole = functools.partial(loss, c3t.conv3d_transpose)
+    tangents = operands()
+    for transform in (
+        lambda f: jax.jvp(f, (x, w, b), tuple(tangents)),
+        lambda f: jax.jvp(jax.grad(f, (0, 1, 2)), (x, w, b), tuple(tangents)),
+        lambda f: jax.grad(jax.checkpoint(f), (0, 1))(x, w, b),
+        lambda f: jax.vmap(jax.grad(f, (0, 1)), (0, None, None))(jnp.stack([x, 2 * x]), w, b),
+        lambda f: jax.lax.scan(lambda carry, x: (carry + f(x, w, b), None), 0.0, jnp.stack([x, x]))[0],
+    ):
+        for got, want in zip(jax.tree.leaves(transform(tiled)), jax.tree.leaves(transform(whole)), strict=True):
+            np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["result", "gradients"])
+def test_temporaries_shrink_with_the_slabs_and_the_estimate_holds_them(kind) -> None:
+    x, w, b = operands((1, 64, 48, 48, 16), (3, 3, 3, 16, 16))
+
+    def temporaries(**how) -> int:
+        def run(x, w, b):
+            call = functools.partial(c3t.tiled, strides=2, padding="same", **how)
+            return call(x, w, b) if kind == "result" else jax.grad(lambda *o: call(*o).sum(), (0, 1))(x, w, b)
+
+        analysis = jax.jit(run).lower(x, w, b).compile().memory_analysis()
+        cotangent = 4 * 16 * 128 * 96 * 96 if kind == "gradients" else 0  # which `sum` makes
+        return analysis.temp_size_in_bytes - cotangent
+
+    whole, few, many = temporaries(slabs=1), temporaries(slabs=8), temporaries(slabs=(32, 4, 1))
+    assert many < few / 2
+    assert many < whole / 2
+    limit = 3 << 20
+    assert temporaries(memory_limit=limit) <= limit
+
+
+def test_a_limit_takes_the_fewest_slabs_that_stay_below_it() -> None:
+    spec = c3t.Conv3DTransposeSpec(8, 3, 2, "same")
+    reading, found = reading_of(spec, (1, 32, 32, 32, 8)), []
+    for limit in ("1GiB", "4MiB", "1MiB", 300_000):
+        chosen = _slab_sizes.counts_within(limit, reading, 1)
+        assert _slab_sizes.held(reading, 1, chosen) <= _slab_sizes.byte_count("memory_limit", limit)
+        found.append(chosen)
+    assert found[0] == (1, 1, 1)
+    assert found == sorted(found)
+    assert found[-1][1] > 1  # slices of the depth were not enough
+
+
+def reading_of(spec, shape):
+    from conv3dt_jax._operation import read
+
+    dtype = np.dtype(np.float32)
+    return read(spec, spec.geometry(shape[1:4]), shape[4], dtype, dtype, dtype)
+
+
+def test_a_limit_that_cannot_be_met_says_the_smallest_that_can() -> None:
+    x, w, b = operands()
+    with pytest.raises(ValueError, match=r"`memory_limit='10kB'` cannot be met.*\((\d+) bytes\)") as error:
+        c3t.tiled(x, w, b, strides=2, memory_limit="10kB")
+    least = int(str(error.value).split("(")[-1].split()[0])
+    assert c3t.tiled(x, w, b, strides=2, memory_limit=least).shape == (1, 25, 21, 17, 4)
+    with pytest.raises(ValueError, match="cannot be met"):
+        c3t.tiled(x, w, b, strides=2, memory_limit=least - 1)
+
+
+def test_volumes_from_every_store_to_every_store(tmp_path) -> None:
+    h5py, zarr, tensorstore = (pytest.importorskip(name) for name in ("h5py", "zarr", "tensorstore"))
+    nibabel = pytest.importorskip("nibabel")
+    rng = np.random.default_rng(0)
+    volume = rng.normal(size=(9, 8, 7)).astype(np.float32)
+    w, b = rng.normal(size=(3, 3, 3, 1, 1)).astype(np.float32), np.ones(1, np.float32)
+    want = c3t.conv3d_transpose(volume[None, ..., None], w, b, strides=2, padding="same")[0, ..., 0]
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "volume.nii.gz")
+    memory = np.lib.format.open_memmap(tmp_path / "in.npy", "w+", np.float32, volume.shape)
+    memory[:] = volume
+    sources = [memory, nibabel.load(tmp_path / "volume.nii.gz").dataobj]
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        sources.append(file.create_dataset("volume", data=volume, chunks=(4, 4, 4)))
+        targets = [
+            np.lib.format.open_memmap(tmp_path / "out.npy", "w+", np.float32, want.shape),
+            file.create_dataset("out", want.shape, np.float64, chunks=(8, 8, 8)),
+            zarr.create_array(str(tmp_path / "out.zarr"), shape=want.shape, dtype="float32", chunks=(8, 8, 8)),
+            tensorstore.open(
+                {"driver": "zarr", "kvstore": f"file://{tmp_path}/ts", "create": True},
+                dtype=np.float32, shape=list(want.shape),
+            ).result(),
+        ]  # fmt: skip
+        for i, target in enumerate(targets):
+            source = sources[i % len(sources)]
+            c3t.tiled(
+                source, w, b, strides=2, padding="same", slabs=(4, 2, 1), out=target, dtype=np.float32, progress=False
+            )  # fmt: skip
+            np.testing.assert_allclose(np.asarray(target[...]), want, rtol=1e-5, atol=1e-5)
+
+
+def test_stored_integers_are_cast_when_asked_and_refused_otherwise() -> None:
+    stored = np.arange(5 * 6 * 7, dtype=np.int16).reshape(5, 6, 7)
+    w = np.ones((2, 2, 2, 1, 1), np.float32)
+    out = np.zeros((10, 12, 14), np.float32)
+    with pytest.raises(TypeError, match="`inputs` have dtype int16 and `kernel` has dtype float32"):
+        c3t.tiled(stored, w, strides=2, out=out, progress=False)
+    c3t.tiled(stored, w, strides=2, out=out, dtype=np.float32, slabs=2, progress=False)
+    np.testing.assert_array_equal(out, np.kron(stored, np.ones((2, 2, 2))))
+
+
+def test_neither_volume_is_ever_read_or_written_as_a_whole() -> None:
+    class Watched(np.ndarray):
+        most = 0
+
+        def __getitem__(self, key):
+            found = super().__getitem__(key)
+            Watched.most = max(Watched.most, found.size)
+            return found
+
+        def __setitem__(self, key, value):
+            Watched.most = max(Watched.most, np.size(value))
+            super().__setitem__(key, value)
+
+    x = np.ones((2, 32, 8, 8, 2), np.float32).view(Watched)
+    out = np.zeros((2, 64, 16, 16, 2), np.float32).view(Watched)
+    c3t.tiled(x, np.ones((3, 3, 3, 2, 2), np.float32), strides=2, padding="same", slabs=16, out=out, progress=False)
+    assert 0 < Watched.most <= 4 * 16 * 16 * 2
+    np.testing.assert_array_equal(out[:, -1, -1, -1], 2)
+
+
+def test_progress_goes_to_standard_error_where_it_is_wanted(capfd) -> None:
+    x, w, _ = operands()
+    out = np.zeros(c3t.output_shape(x.shape, w.shape, strides=2), np.float32)
+    c3t.tiled(np.asarray(x), w, strides=2, slabs=3, out=out, progress=False)
+    assert capfd.readouterr() == ("", "")
+    c3t.tiled(np.asarray(x), w, strides=2, slabs=3, out=out)
+    printed, shown = capfd.readouterr()
+    assert printed == ""
+    assert "3/3" in shown
+
+
+X, W, B = (np.asarray(a) for a in operands())
+OUT = np.zeros((1, 25, 21, 17, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"slabs": 2, "memory_limit": "1GiB"}, ValueError, "both say how many slabs"),
+        ({"slabs": 0}, ValueError, "`slabs=0` must be at least 1"),
+        ({"slabs": 2.0}, TypeError, "`slabs=2.0` must be an integer"),
+        ({"slabs": (2, 22, 1)}, ValueError, "22 slabs along height, where the result has 21"),
+        ({"memory_limit": "2 parsecs"}, ValueError, "`memory_limit='2 parsecs'` must be a number of bytes"),
+        ({"memory_limit": 0}, ValueError, "`memory_limit=0` must be at least 1"),
+        ({"memory_limit": 1.5}, TypeError, "`memory_limit=1.5` must be a number of bytes"),
+        ({"dtype": "float32"}, ValueError, "is for `out`"),
+        ({"out": OUT[..., :3]}, ValueError, r"`out` has shape \(1, 25, 21, 17, 3\); the result has"),
+        ({"out": OUT.astype(np.float16)}, TypeError, "`out` has dtype float16, which does not hold"),
+        ({"out": [1, 2]}, TypeError, "`out` must have a shape and a dtype"),
+        ({"out": OUT, "progress": 1}, TypeError, "`progress=1` must be True or False"),
+        ({"spec": c3t.Conv3DSpec(4, 3), "strides": 2}, ValueError, "`strides=2` is part of `spec`"),
+        ({"spec": "same"}, TypeError, "`spec` must be a Conv3DTransposeSpec or a Conv3DSpec"),
+        ({"spec": c3t.Conv3DTransposeSpec(4, 3, use_bias=False)}, ValueError, "a bias is given"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_an_error(arguments, error, message) -> None:
+    strides = {} if "spec" in arguments else {"strides": 2}
+    with pytest.raises(error, match=message):
+        c3t.tiled(X, W, B, **{**strides, **arguments})
+
+
+def test_inputs_that_are_no_array_are_refused() -> None:
+    with pytest.raises(TypeError, match="`inputs` must have a shape and take slices"):
+        c3t.tiled(7, W, B, strides=2, out=OUT)
