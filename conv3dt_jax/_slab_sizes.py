@@ -19,6 +19,8 @@ from conv3dt_jax._slabs import lines, part_of
 
 Counts = tuple[int, int, int]
 DEFAULT_LIMIT = "2GiB"
+MARGIN = 1.25
+"""What estimates are multiplied by: compilers hold a little more here and there."""
 _UNITS = {"b": 1} | {
     prefix + suffix: base**power
     for power, prefix in enumerate("kmgt", start=1)
@@ -70,7 +72,7 @@ def counts_within(limit: Any, reading: Reading, batch: int, more: int = 0, at_on
     most = byte_count("memory_limit", limit)
     counts, least = WHOLE, 0
     for counts in _candidates(reading):
-        least = more + held(reading, batch, counts, at_once)
+        least = math.ceil(MARGIN * (more + held(reading, batch, counts, at_once)))
         if least <= most:
             return counts
     raise ValueError(
@@ -109,4 +111,5 @@ def _held_by(kind: str, form: Form, batch: int, at_once: int) -> int:
     inputs = batch * math.prod(line.axis.n for line in axes) * form.channels * x
     outputs = batch * math.prod(line.axis.out for line in axes) * form.filters * y
     kernel = math.prod(form.kernel_shape()) * w
-    return at_once * (inputs + outputs) + temporary + kernel
+    copies = 2 if at_once > 1 else 1  # what is read, on the host and on the device
+    return at_once * (copies * inputs + outputs) + temporary + kernel

@@ -68,8 +68,10 @@ def tiled(
       spec: the operation, in place of these arguments.
       slabs: how many along depth, height and width, at most; one integer is for the depth.
       memory_limit: in place of ``slabs``, bytes, or a string such as "500MB" or "2GiB" (the default). What may be held
-        at a time beside operands and result (beside ``inputs`` and ``out`` on the host), of temporaries and slabs: an
-        estimate, that of `explain` for temporaries. The fewest slabs that stay below it are taken, of the depth first.
+        at a time beside operands and result (beside ``inputs`` and ``out`` on the host), of temporaries and slabs, by
+        the result or by both gradients: an estimate, that of `explain` for temporaries, and a quarter more. The fewest
+        slabs that stay below it are taken, of the depth first. On the device, inputs with the channels first are
+        copied whole, and so are those of a circular convolution whose stride does not divide them.
       out: what the result is written to, of its shape and of a dtype that holds its values; one filter may go without
         an axis, ``(D', H', W')``.
       dtype: with ``out``, what is read is cast to this; None leaves it, as JAX takes NumPy arrays.
@@ -160,6 +162,7 @@ def _counts(
         return WHOLE
     axes, around = opened(geometry)
     reading = read(spec, axes, channels, inputs.dtype, *_operands.result_dtypes(spec, inputs, kernel))
-    copied = spec.data_format == "channels_first" or any(pair != (0, 0) for pair in around)
-    more = math.prod(inputs.shape) * jnp.dtype(inputs.dtype).itemsize if copied else 0
+    # Whole inputs and their gradient, moved or with their other end around them.
+    copies = 2 * (spec.data_format == "channels_first") + 2 * any(pair != (0, 0) for pair in around)
+    more = copies * math.prod(inputs.shape) * jnp.dtype(inputs.dtype).itemsize
     return _slab_sizes.counts_within(limit, reading, math.prod(batch), more)

@@ -211,7 +211,10 @@ def work(call: Call, gradients: int) -> Work:
     gathered = inputs * math.prod(axis.k for axis in call.geometry) * call.filters
     kernel = math.prod(axis.k for axis in call.geometry) * call.channels * call.filters // blocks
     room = min(2 * gathered * call.itemsize, 2 * call.tile_bytes)
-    return Work(gradients * gathered * call.channels // blocks, gathered, room + 2 * kernel * call.itemsize)
+    around = any(axis.wraps and (axis.lo, axis.full - axis.lo) != (0, axis.out) for axis in call.geometry)
+    copied = call.batch * math.prod(axis.full if axis.wraps else axis.out for axis in call.geometry) * call.filters
+    held = room + (2 * kernel + 2 * copied * around) * call.itemsize  # padded axis by axis
+    return Work(gradients * gathered * call.channels // blocks, gathered, held)
 
 
 def _steps(geometry: Geometry) -> int:

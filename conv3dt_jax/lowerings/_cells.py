@@ -81,8 +81,21 @@ def extend(inputs: jax.Array, geometry: Geometry) -> jax.Array:
     return lax.optimization_barrier(inputs)
 
 
-def _size(geometry: Geometry) -> int:
-    return math.prod(axis.out for axis in geometry)
+def _is_extended(geometry: Geometry, channels: int, filters: int) -> bool:
+    """Whether `walk` extends all inputs at once, rather than each block's."""
+    inputs, outputs = (math.prod(sizes) for sizes in zip(*((axis.n, axis.out) for axis in geometry), strict=True))
+    return any(axis.wraps for axis in geometry) or 2 * inputs * channels <= outputs * filters
+
+
+def extended_values(geometry: Geometry, channels: int, filters: int) -> int:
+    """Of the copies of the inputs that `walk` makes, for one sample; 0 where it makes none."""
+    if not _is_extended(geometry, channels, filters):
+        return 0
+    axes = [(shifts(axis), cells(axis), axis.n) for axis in geometry]
+    if all(taken[-1] == 0 and count == n and taken[0] == 0 for taken, count, n in axes):
+        return 0
+    copies = 2 if any(axis.wraps for axis in geometry) else 1  # padded axis by axis
+    return copies * channels * math.prod(count + taken[-1] - taken[0] for taken, count, _ in axes)
 
 
 def walk(
@@ -117,7 +130,7 @@ def walk(
     depth, height, width = geometry
     given, inputs = inputs.dtype, _tiles.bits(inputs)
     each_c = inputs.shape[-1] // blocks
-    if any(axis.wraps for axis in geometry) or 2 * math.prod(inputs.shape[1:]) <= _size(geometry) * filters:
+    if _is_extended(geometry, inputs.shape[-1], filters):
         inputs, offsets = extend(inputs, geometry), [0, 0, 0]
     else:  # padding all of it would cost more than padding every block
         offsets = [-shifts(axis)[-1] for axis in geometry]

@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings import _adjoint, _blocks, _depthwise, _tiles
-from conv3dt_jax.lowerings._cells import aligned, cells, joined, runs, shifts, walk
+from conv3dt_jax.lowerings._cells import aligned, cells, extended_values, joined, runs, shifts, walk
 from conv3dt_jax.lowerings._result import Part
 from conv3dt_jax.lowerings._work import Call, Work, nanoseconds
 
@@ -128,7 +128,8 @@ def work(call: Call, *, gradients: int) -> Work:
         matrices += here * written * each
         largest = max(largest, 2 * _turn(_taken(geometry, product)) * call.channels + 2 * written * call.filters)
     room = min(windows * largest * call.itemsize, 2 * call.tile_bytes)
-    return Work(multiply_adds, gathered, room + 2 * matrices * call.itemsize)
+    extended = call.batch * extended_values(geometry, call.channels, call.filters)
+    return Work(multiply_adds, gathered, room + (2 * matrices + extended) * call.itemsize)
 
 
 Product = tuple[tuple[int, int], tuple[int, int]]
