@@ -28,7 +28,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
-from conv3dt_jax import _choice
+from conv3dt_jax import _choice, _partition
 from conv3dt_jax._geometry import Geometry
 
 Shape = tuple[Any, ...]
@@ -144,25 +144,30 @@ def _define(name: str, result: Callable[..., Any], multiple: bool = False) -> Pr
         ]  # fmt: skip
         return results if multiple else results[0]
 
-    def compute(platform: str, *operands: jax.Array, form: Form) -> Any:
-        return _choice.run(name, platform, form, *operands)
-
     primitive.def_abstract_eval(abstract)
-    primitive.def_impl(lambda *operands, form: compute(jax.default_backend(), *operands, form=form))
-    mlir.register_lowering(primitive, _lowering(functools.partial(compute, "default"), multiple))
+    primitive.def_impl(lambda *operands, form: _choice.run(name, jax.default_backend(), form, *operands))
+    mlir.register_lowering(primitive, _lowering(name, "default", multiple))
+    _partition.tell_devices(primitive)
     for platform in _choice.PLATFORMS:
-        rule = _lowering(functools.partial(compute, platform), multiple)
-        mlir.register_lowering(primitive, rule, platform=platform)
+        mlir.register_lowering(primitive, _lowering(name, platform, multiple), platform=platform)
     return primitive
 
 
-def _lowering(compute: Callable[..., Any], multiple: bool) -> Any:
-    """Lowers by tracing; in terms of one device, whatever mesh axes the operands vary over."""
-    rule = mlir.lower_fun(compute, multiple_results=multiple)
+def _lowering(name: str, platform: str, multiple: bool) -> Any:
+    """Lowers by tracing; in terms of one device, whatever mesh axes the operands vary over, or for the partitioner."""
+
+    def rule(compute: Callable[..., Any]) -> Any:
+        def run(*operands: jax.Array, form: Form) -> Any:
+            return compute(name, platform, form, *operands)
+
+        return mlir.lower_fun(run, multiple_results=multiple)
+
+    alone, together = rule(_choice.run), rule(_partition.partitioned)
 
     def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
         avals = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-        return rule(ctx.replace(avals_in=avals), *operands, **params)
+        found = together if _partition.is_asked(ctx) else alone
+        return found(ctx.replace(avals_in=avals), *operands, **params)
 
     return lower
 

@@ -45,6 +45,8 @@ FLOORS = [
     {"_operands", "lowerings"},
     {"_slabs"},
     {"_choice"},
+    {"_halos"},
+    {"_partition"},
     {"_primitives"},
     {"_batching"},
     {"_operation"},
