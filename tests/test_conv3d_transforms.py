@@ -14,7 +14,7 @@ from tests import oracle
 from tests.helpers import quick_jit
 from tests.test_conv3d import arguments
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 
 # With and without strides: the two ways in which it is computed.
 CHOSEN = ["unstrided", "strided", "groups", "circular"]

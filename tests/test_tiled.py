@@ -103,7 +103,7 @@ def test_where_the_same_lowering_sums_the_same_products_the_bits_are_equal(
     x, w, b = operands((1, 16, 12, 12, 16), (window,) * 3 + (8, 16))
     keywords = {"strides": strides, "padding": padding, "implementation": implementation}
     whole = c3t.conv3d_transpose(x, w, b, **keywords)
-    for slabs in (2, 5, (2, 3, 1)):
+    for slabs in (5, (2, 3, 1)):
         assert (np.asarray(c3t.tiled(x, w, b, **keywords, slabs=slabs)) == np.asarray(whole)).all()
 
 

@@ -15,7 +15,7 @@ from tests.cases import CASES
 from tests.helpers import quick_jit
 from tests.test_lowerings import by_implementation
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 
 CHOSEN = [case for case in CASES if case.name in ("stride_below_kernel", "groups", "circular", "stride_equals_kernel")]
 by_case = pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.name)
