@@ -14,7 +14,7 @@ export KERAS_HOME := $(CURDIR)/$(VENV)/cache/keras
 export PRE_COMMIT_HOME := $(CURDIR)/$(VENV)/cache/pre-commit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test lint format types bench bench-check fixtures clean
+.PHONY: help demo demo-full test test-slow lint format types bench bench-check fixtures clean
 
 help:  ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ demo-full: $(VENV)/.examples  ## the same with a larger budget, beside trilinear
 test: $(VENV)/.test  ## run the tests
 	@mkdir -p $(VENV)/cache
 	$(BIN)/python -m pytest -n 2 --dist worksteal --basetemp $(VENV)/cache/pytest $(ARGS)
+
+test-slow: $(VENV)/.test  ## run the tests that take minutes: killed runs, a training, rounding of many sizes
+	@mkdir -p $(VENV)/cache
+	$(BIN)/python -m pytest -n 2 --basetemp $(VENV)/cache/pytest -m slow $(ARGS)
 
 lint: $(VENV)/.dev  ## check style
 	$(BIN)/ruff check .

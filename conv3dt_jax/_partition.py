@@ -232,7 +232,7 @@ def _local(kind: str, platform: str, form: Any, mesh: Any, cut: Cut, batch: int,
     first = 2 if form.channels_first else 1
     if forward:
         return _outputs(compute, kind, form, part, cut, lines, operands)
-    y = _windows(operands[-1], lines, first)
+    y = _windows(_within(operands[-1], [cut.batch], [batch]), lines, first)
     summed = (*cut.batch, *(name for names in cut.space for name in names))
     x_dtype, w_dtype, y_dtype = form.dtypes
     part = dataclasses.replace(
@@ -240,7 +240,8 @@ def _local(kind: str, platform: str, form: Any, mesh: Any, cut: Cut, batch: int,
     )
     slab = [*operands[:-1], y]
     if kind != "inputs":
-        slab[0] = _within(operands[0], batch, form, cut)
+        lengths = [batch, *(axis.n for axis in form.geometry)]
+        slab[0] = _within(operands[0], [cut.batch, *cut.space], lengths)
     made = compute(kind, part, slab)
     dx, dw = made if kind == "gradients" else (made, made)
     dx = (lax.psum(dx, cut.filters) if cut.filters else dx).astype(x_dtype) if kind != "kernel" else None
@@ -284,11 +285,10 @@ def _windows(array: jax.Array, lines: Sequence[Line | None], first: int) -> jax.
     return array
 
 
-def _within(x: jax.Array, batch: int, form: Any, cut: Cut) -> jax.Array:
-    """Zeros for what lies beyond the inputs in the last shards, which is summed up with the rest."""
-    lengths = (batch, *(axis.n for axis in form.geometry))
-    for dim, (names, length) in enumerate(zip((cut.batch, *cut.space), lengths, strict=True)):
+def _within(array: jax.Array, cuts: Sequence[Names], lengths: Sequence[int]) -> jax.Array:
+    """Zeros for what lies beyond an array in its last shards, which may be anything; of its first dimensions."""
+    for dim, (names, length) in enumerate(zip(cuts, lengths, strict=True)):
         if names and length % lax.axis_size(names):
-            place = lax.axis_index(names) * x.shape[dim] + lax.broadcasted_iota(jnp.int32, x.shape, dim)
-            x = jnp.where(place < length, x, jnp.zeros((), x.dtype))
-    return x
+            place = lax.axis_index(names) * array.shape[dim] + lax.broadcasted_iota(jnp.int32, array.shape, dim)
+            array = jnp.where(place < length, array, jnp.zeros((), array.dtype))
+    return array

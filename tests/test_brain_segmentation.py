@@ -80,6 +80,7 @@ def test_patches_are_a_function_of_seed_and_step(brain: Subject) -> None:
     assert not np.array_equal(first(5)[0], PatchSampler(brain, 16, 2, seed=4)(5)[0])
 
 
+@pytest.mark.slow
 def test_a_few_steps_lower_the_loss(brain: Subject, tmp_path: pathlib.Path) -> None:
     settings = Settings(data=brain.fingerprint, steps=25, patch=16, batch=2, features=4, learning_rate=1e-2)
     trained = train(brain, settings, tmp_path / "run", Stop())

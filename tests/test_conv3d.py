@@ -143,6 +143,7 @@ def arguments(call, dtype=np.float64):
     return [np.asarray(a, dtype) for a in operands], kwargs
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @by_call
 @pytest.mark.parametrize("direction", ["forward", "gradients"])
 def test_it_is_what_lax_computes(call, direction, x64) -> None:
@@ -172,6 +173,7 @@ def test_it_is_what_lax_computes(call, direction, x64) -> None:
         close(got, want)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("dtype", [*DTYPES])
 @pytest.mark.parametrize("call", ["strided"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -288,6 +290,7 @@ LOPSIDED = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("call", LOPSIDED, ids=str)
 @pytest.mark.parametrize("operation", ["conv3d", "conv3d_transpose"])
 @pytest.mark.parametrize(

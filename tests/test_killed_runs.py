@@ -47,6 +47,7 @@ def kill(process: subprocess.Popen, checkpoints: pathlib.Path, after: int, *, wr
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_step_ends_with_the_same_bits(ball, tmp_path) -> None:
     """Twice: at a random step, and in the middle of a write."""
     environment = {

@@ -103,6 +103,7 @@ def test_volumes_of_many_blocks_are_seamless(space, kernel, strides) -> None:
     np.testing.assert_allclose(gw, want_gw, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("channels", "filters", "kernel", "strides"),
     [(8, 8, 3, 1), (64, 16, 3, 1), (8, 8, 4, 2), (64, 16, 3, 2), (8, 8, 5, 2)],
