@@ -81,8 +81,10 @@ def summary(results: Results, kind: str) -> str:
         best = results.best(case, kind, OTHER_FRAMEWORKS)
         cells = [milliseconds(results.time(case, kind, OURS)), times(over_best_peer(results, case, kind))]
         cells += [best[0] if best else "", times(lax_over_ours(results, case, kind))]
-        rows.append([case, *cells, times(over_floor(results, case, kind))])
-    return table([kind, "ours, ms", "ours / best peer", "best peer", "jax.lax / ours", "ours / floor"], rows)
+        cells += [times(over_floor(results, case, kind)), times(peer_over_floor(results, case, kind))]
+        rows.append([case, *cells])
+    heads = ["ours, ms", "ours / best peer", "best peer", "jax.lax / ours", "ours / floor", "best peer / floor"]
+    return table([kind, *heads], rows)
 
 
 def ratios(results: Results, kind: str) -> str:
@@ -182,6 +184,12 @@ def over_floor(results: Results, case: str, kind: str) -> float | None:
     return 1 / floor if floor else None
 
 
+def peer_over_floor(results: Results, case: str, kind: str) -> float | None:
+    """Below 1 a peer takes less time than the bare products."""
+    ours, peer = over_floor(results, case, kind), over_best_peer(results, case, kind)
+    return ours / peer if ours and peer else None
+
+
 def lax_over_ours(results: Results, case: str, kind: str) -> float | None:
     return results.ratio(case, kind, LAX)
 
@@ -190,6 +198,7 @@ MEANS = {
     "ours / best of TensorFlow and PyTorch": over_best_peer,
     "jax.lax / ours": lax_over_ours,
     "ours / floor": over_floor,
+    "best of TensorFlow and PyTorch / floor": peer_over_floor,
 }
 
 
@@ -198,8 +207,10 @@ def means(results: Results) -> str:
     lines = []
     for kind in results.kinds:
         for label, value in MEANS.items():
-            mean = geometric_mean(value(results, case, kind) for case in results.cases)
-            lines += [f"- {kind}: {label}: {mean[0]:.2f} x over {mean[1]} cases"] if mean else []
+            found = [value(results, case, kind) for case in results.cases]
+            below = sum(ratio is not None and ratio < 1 for ratio in found)
+            mean = geometric_mean(found)
+            lines += [f"- {kind}: {label}: {mean[0]:.2f} x over {mean[1]} cases, {below} below 1"] if mean else []
     return "Geometric means:\n\n" + "\n".join(lines) if lines else ""
 
 

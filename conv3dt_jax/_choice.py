@@ -35,12 +35,9 @@ from conv3dt_jax._geometry import Geometry, turned
 from conv3dt_jax.lowerings import LOWERINGS, _adjoint, _side_by_side, matmul, winograd
 from conv3dt_jax.lowerings._tiles import plus, tile_bytes
 from conv3dt_jax.lowerings._turn import turned_kernel
-from conv3dt_jax.lowerings._work import Call, nanoseconds
+from conv3dt_jax.lowerings._work import GRADIENTS, Call, nanoseconds
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
-GRADIENTS = {"outputs": 0, "affine": 0, "tangent": 0, "inputs": 1, "kernel": 1, "gradients": 2}
-"""How many of the two gradients a primitive computes; none is the result."""
 
 FEWER = 4
 """Times as many filters as channels from which gradients without strides are computed from the inputs' side."""

@@ -19,7 +19,7 @@ from conv3dt_jax._operation import read
 from conv3dt_jax._primitives import Form
 from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
 from conv3dt_jax.lowerings import LOWERINGS
-from conv3dt_jax.lowerings._work import Call
+from conv3dt_jax.lowerings._work import GRADIENTS, Call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ def plan_of(kinds: Sequence[str], platform: str, whole: Form, batch: int) -> Pla
             name, reason = _choice.decide(kind, platform, form, batch)
         else:
             name, reason = form.implementation, "named by `implementation`"
-        work: Any = LOWERINGS[name].work(call, gradients=_choice.GRADIENTS[kind])
+        work: Any = LOWERINGS[name].work(call, gradients=GRADIENTS[kind])
         plans.append(Plan(name, reason, work.multiply_adds, work.temporary_bytes))
     return Plan(
         lowering=" and ".join(dict.fromkeys(plan.lowering for plan in plans)),

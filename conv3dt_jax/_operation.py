@@ -24,7 +24,8 @@ from conv3dt_jax import _operands, _primitives
 from conv3dt_jax._choice import check_named
 from conv3dt_jax._convolution_spec import ConvolutionSpec
 from conv3dt_jax._geometry import Geometry, turned
-from conv3dt_jax._primitives import WHOLE, Form
+from conv3dt_jax._primitives import Form
+from conv3dt_jax._slabs import WHOLE
 from conv3dt_jax._spec import Conv3DTransposeSpec
 from conv3dt_jax.lowerings._tiles import plus, wrapped
 from conv3dt_jax.lowerings._turn import turned_kernel

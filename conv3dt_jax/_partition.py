@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from conv3dt_jax import _choice, _halos
 from conv3dt_jax._geometry import Axis, part_of_inputs, part_of_outputs
+from conv3dt_jax.lowerings._work import GRADIENTS
 
 Names = tuple[str, ...]
 
@@ -137,10 +138,9 @@ def _spec(value: Any, mesh: Mesh) -> PartitionSpec:
     """How the partitioner cuts an array; one that has no words for the mesh is taken whole."""
     if value.sharding is None:
         return PartitionSpec()
+    found = value.sharding._to_xla_hlo_sharding(len(value.shape))
     try:
-        return sharding_impls.parse_flatten_op_sharding(
-            value.sharding._to_xla_hlo_sharding(len(value.shape)), mesh
-        )[0]  # fmt: skip
+        return sharding_impls.parse_flatten_op_sharding(found, mesh)[0]
     except Exception:  # an error here would end the compilation
         return PartitionSpec()
 
@@ -183,7 +183,7 @@ partitioned.def_partition(_partition, sharding_rule=_rule, decode_shardings=Fals
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class CutAxis:
     """One cut spatial axis: its mesh axes, the axis of one device, what it reads, and what it keeps of its outputs."""
 
     names: Names
@@ -193,18 +193,18 @@ class Line:
     skipped: tuple[int, ...] = ()
 
 
-def _line(axis: Axis, names: Names, shards: int, forward: bool) -> Line:
+def _line(axis: Axis, names: Names, shards: int, forward: bool) -> CutAxis:
     """Of outputs from inputs where ``forward``, else of inputs from outputs."""
     if not forward:
         piece = -(-axis.n // shards)
         first, part = part_of_inputs(axis, piece)
         starts = [device * piece * axis.s + first for device in range(shards)]
-        return Line(names, part, _halos.plan(axis.out, shards, starts, part.out, axis.wraps))
+        return CutAxis(names, part, _halos.plan(axis.out, shards, starts, part.out, axis.wraps))
     piece = -(-axis.out // shards)
     whole, skipped = zip(*(divmod(device * piece, axis.s) for device in range(shards)), strict=True)
     first, part = part_of_outputs(axis, piece + max(skipped))
     exchange = _halos.plan(axis.n, shards, [cell + first for cell in whole], part.n, axis.wraps)
-    return Line(names, part, exchange, piece, skipped)
+    return CutAxis(names, part, exchange, piece, skipped)
 
 
 def _local(kind: str, platform: str, form: Any, mesh: Any, cut: Cut, batch: int, *operands: jax.Array) -> Any:
@@ -213,7 +213,7 @@ def _local(kind: str, platform: str, form: Any, mesh: Any, cut: Cut, batch: int,
     def shards(names: Names) -> int:
         return math.prod(mesh.shape[name] for name in names)
 
-    forward = not _choice.GRADIENTS[kind]
+    forward = not GRADIENTS[kind]
     lines = [
         _line(axis, names, shards(names), forward) if names else None
         for axis, names in zip(form.geometry, cut.space, strict=True)
@@ -255,7 +255,7 @@ def _outputs(
     form: Any,
     part: Any,
     cut: Cut,
-    lines: Sequence[Line | None],
+    lines: Sequence[CutAxis | None],
     operands: Sequence[jax.Array],
 ) -> jax.Array:
     slab = list(operands)
@@ -278,7 +278,7 @@ def _outputs(
     return made.astype(form.dtypes[2])
 
 
-def _windows(array: jax.Array, lines: Sequence[Line | None], first: int) -> jax.Array:
+def _windows(array: jax.Array, lines: Sequence[CutAxis | None], first: int) -> jax.Array:
     for dim, line in enumerate(lines, start=first):
         if line is not None:
             array = _halos.exchanged(array, dim, line.exchange, line.names)

@@ -30,9 +30,9 @@ from jax.interpreters import ad, mlir
 
 from conv3dt_jax import _choice, _partition
 from conv3dt_jax._geometry import Geometry
+from conv3dt_jax._slabs import WHOLE
 
 Shape = tuple[Any, ...]
-WHOLE = (1, 1, 1)
 
 
 @dataclasses.dataclass(frozen=True)

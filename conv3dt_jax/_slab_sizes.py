@@ -14,8 +14,8 @@ from conv3dt_jax import _arguments as args
 from conv3dt_jax._explain import plan_of, size_text
 from conv3dt_jax._geometry import AXIS_NAMES
 from conv3dt_jax._operation import Reading
-from conv3dt_jax._primitives import WHOLE, Form
-from conv3dt_jax._slabs import lines, part_of
+from conv3dt_jax._primitives import Form
+from conv3dt_jax._slabs import WHOLE, lines, part_of
 
 Counts = tuple[int, int, int]
 DEFAULT_LIMIT = "2GiB"
@@ -45,13 +45,29 @@ def byte_count(name: str, value: Any) -> int:
     return count
 
 
+def choose(slabs: Any, limit: Any, sizes: Sequence[int], reading: Reading, batch: int, **held: int) -> Counts:
+    """The slabs that are asked for, or those within the limit; ``batch`` is 0 where nothing is computed.
+
+    The arguments are those of `counts_of` and `counts_within`.
+    """
+    if slabs is not None and limit is not None:
+        raise ValueError(
+            f"{args.received('slabs', slabs)} and {args.received('memory_limit', limit)} both say how many slabs there "
+            "are; give one of them."
+        )
+    if slabs is not None:
+        return counts_of(slabs, sizes)
+    return counts_within(DEFAULT_LIMIT if limit is None else limit, reading, batch, **held)
+
+
 def counts_of(slabs: Any, sizes: Sequence[int]) -> Counts:
     """The argument ``slabs`` for a result of these sizes: three counts, or one for the depth."""
-    if not args.is_sequence(slabs):
-        slabs = (args.integer("slabs", slabs, minimum=1), 1, 1)
-    counts = args.triple("slabs", slabs, minimum=1)
+    if args.is_sequence(slabs):
+        counts = args.triple("slabs", slabs, minimum=1)
+    else:
+        counts = (args.integer("slabs", slabs, minimum=1), 1, 1)
     for name, count, size in zip(AXIS_NAMES, counts, sizes, strict=True):
-        if count > size:
+        if count > max(size, 1):
             raise ValueError(
                 f"{args.received('slabs', slabs)} asks for {count} slabs along {name}, where the result has {size} "
                 f"elements; give at most {size}."
@@ -65,12 +81,14 @@ def counts_within(limit: Any, reading: Reading, batch: int, more: int = 0, at_on
     Args:
       limit: bytes, see `byte_count`.
       reading: how the form gives the operation.
-      batch: N.
+      batch: N; 0 where nothing is computed.
       more: bytes held besides.
       at_once: slabs held at a time; with more than one there are no gradients.
     """
     most = byte_count("memory_limit", limit)
     counts, least = WHOLE, 0
+    if batch == 0:
+        return WHOLE
     for counts in _candidates(reading):
         least = math.ceil(MARGIN * (more + held(reading, batch, counts, at_once)))
         if least <= most:

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from conv3dt_jax._geometry import Axis, part_of_inputs, part_of_outputs
 from conv3dt_jax.lowerings import _tiles
 from conv3dt_jax.lowerings._tiles import Span, Window
+from conv3dt_jax.lowerings._work import GRADIENTS
 
-FORWARD = ("outputs", "affine", "tangent")
-"""The primitives that compute outputs; the others gather them."""
+WHOLE = (1, 1, 1)
+"""One slab along each axis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +46,15 @@ class Line:
     step: int
 
     def window(self, start: Any) -> Window:
-        return Window.of(self.span, start, scale=self.scale, offset=self.offset, extent=self.size - self._least)
-
-    @property
-    def _least(self) -> int:
-        return self.scale * (self.span.block - 1) + 1
+        """What a slab that begins at a cell reads."""
+        extent = self.size - self.scale * (self.span.block - 1) - 1
+        return Window.of(self.span, start, scale=self.scale, offset=self.offset, extent=extent)
 
 
 def lines(kind: str, form: Any) -> tuple[Line, Line, Line]:
     """The slabs of the three axes of a form, for one of the primitives."""
     depth, height, width = (
-        (_line_of_outputs if kind in FORWARD else _line_of_inputs)(axis, count)
+        (_line_of_inputs if GRADIENTS[kind] else _line_of_outputs)(axis, count)
         for axis, count in zip(form.geometry, form.slabs, strict=True)
     )
     return depth, height, width
@@ -84,16 +83,16 @@ def _span(cells: int, count: int) -> Span:
 
 def part_of(form: Any, axes: Sequence[Line]) -> Any:
     """The form of one slab."""
-    return dataclasses.replace(form, geometry=tuple(line.axis for line in axes), slabs=(1, 1, 1))
+    return dataclasses.replace(form, geometry=tuple(line.axis for line in axes), slabs=WHOLE)
 
 
 def run(compute: Callable[..., Any], kind: str, form: Any, operands: Sequence[jax.Array]) -> Any:
     """``compute(form, *operands)``, one of the primitives, slab by slab."""
     axes = lines(kind, form)
     part = part_of(form, axes)
-    if kind in FORWARD:
-        return _outputs(compute, form, part, axes, operands, gathered=(0, 2) if kind == "tangent" else (0,))
-    return _gradients(compute, kind, form, part, axes, operands)
+    if GRADIENTS[kind]:
+        return _gradients(compute, kind, form, part, axes, operands)
+    return _outputs(compute, form, part, axes, operands, gathered=(0, 2) if kind == "tangent" else (0,))
 
 
 def _outputs(

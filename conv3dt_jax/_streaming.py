@@ -18,7 +18,6 @@ from conv3dt_jax import _operands, _slab_sizes
 from conv3dt_jax._convolution_spec import ConvolutionSpec
 from conv3dt_jax._geometry import Geometry
 from conv3dt_jax._operation import Reading, computed, is_constant, opened, read
-from conv3dt_jax._primitives import WHOLE
 from conv3dt_jax._slabs import Line, lines, part_of
 
 AT_ONCE = 2
@@ -38,8 +37,7 @@ class Source:
         self.array, self.spec = array, spec
         self.bare = len(shape) == 3 and channels == 1
         self.shape = spec.join_shape((), shape, 1) if self.bare else shape
-        self.cast = None if dtype is None else args.dtype_value("dtype", dtype)
-        self.dtype = self.cast or self._found()
+        self.dtype = args.dtype_value("dtype", dtype) or self._found()
 
     def _found(self) -> np.dtype:
         """The dtype as it is read: one that is scaled on the way, as NIfTI's, is not the one stored."""
@@ -95,12 +93,8 @@ def stream(
     reading = read(spec, axes, channels, inputs.dtype, sums, result)
     bias = None if bias is None else bias.astype(sums)
     constant = is_constant(batch, geometry)
-    if slabs is not None:
-        counts = _slab_sizes.counts_of(slabs, [max(size, 1) for size in spec.space(geometry)])
-    else:
-        limit = _slab_sizes.DEFAULT_LIMIT if memory_limit is None else memory_limit
-        _slab_sizes.byte_count("memory_limit", limit)
-        counts = WHOLE if constant else _slab_sizes.counts_within(limit, reading, 1, at_once=AT_ONCE)
+    samples = 0 if constant else 1  # of a slab
+    counts = _slab_sizes.choose(slabs, memory_limit, spec.space(geometry), reading, samples, at_once=AT_ONCE)
     if constant:
         target.fill(bias)
         return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,6 @@ from conv3dt_jax import _operands, _slab_sizes, _streaming
 from conv3dt_jax._convolution_spec import ConvolutionSpec, check_spec
 from conv3dt_jax._geometry import Geometry
 from conv3dt_jax._operation import checked, is_constant, opened, read, run
-from conv3dt_jax._primitives import WHOLE
 from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
 from conv3dt_jax.functional import Implementation
 
@@ -107,11 +107,6 @@ def tiled(
         "preferred_element_type": preferred_element_type, "implementation": implementation,
     }  # fmt: skip
     described = _spec_of(spec, kernel, bias, given)
-    if slabs is not None and memory_limit is not None:
-        raise ValueError(
-            f"{args.received('slabs', slabs)} and {args.received('memory_limit', memory_limit)} both say how many "
-            "slabs there are; give one of them."
-        )
     if out is None:
         if dtype is not None:
             raise ValueError(f"{args.received('dtype', dtype)} is for `out`; cast the inputs instead.")
@@ -127,10 +122,7 @@ def tiled(
     )
 
 
-_DEFAULTS: dict[str, Any] = {
-    "strides": 1, "padding": "valid", "output_padding": None, "dilation_rate": 1, "groups": 1,
-    "data_format": "channels_last", "precision": None, "preferred_element_type": None, "implementation": "auto",
-}  # fmt: skip
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Conv3DTransposeSpec)}
 
 
 def _spec_of(spec: Any, kernel: jax.Array, bias: Any, given: dict[str, Any]) -> ConvolutionSpec:
@@ -154,15 +146,10 @@ def _counts(
     if not all(isinstance(size, int) for size in sizes):
         raise ValueError(f"`inputs` have symbolic sizes, {inputs.shape}; slabs need to know them.")
     batch, _, channels = spec.split_shape(inputs.shape)
-    if slabs is not None:
-        return _slab_sizes.counts_of(slabs, [max(size, 1) for size in spec.space(geometry)])
-    limit = _slab_sizes.DEFAULT_LIMIT if limit is None else limit
-    if is_constant(batch, geometry):
-        _slab_sizes.byte_count("memory_limit", limit)
-        return WHOLE
     axes, around = opened(geometry)
     reading = read(spec, axes, channels, inputs.dtype, *_operands.result_dtypes(spec, inputs, kernel))
     # Whole inputs and their gradient, moved or with their other end around them.
     copies = 2 * (spec.data_format == "channels_first") + 2 * any(pair != (0, 0) for pair in around)
     more = copies * math.prod(inputs.shape) * jnp.dtype(inputs.dtype).itemsize
-    return _slab_sizes.counts_within(limit, reading, math.prod(batch), more)
+    samples = 0 if is_constant(batch, geometry) else math.prod(batch)
+    return _slab_sizes.choose(slabs, limit, spec.space(geometry), reading, samples, more=more)

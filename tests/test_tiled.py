@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import conv3dt_jax as c3t
 from conv3dt_jax import _slab_sizes
+from conv3dt_jax._operation import read
 from tests import oracle, test_conv3d, test_properties
 from tests.helpers import quick_jit
 
@@ -34,8 +35,8 @@ def problems(draw):
     x, w, b = (rng.normal(size=size) for size in ((*batch, *space, channels), kernel_shape, filters))
     try:
         shape = spec.output_shape(layout(x, data_format).shape)
-    except ValueError:
-        return None
+    except ValueError:  # no output: other tests hold the error
+        assume(False)
     batch, out, _ = spec.split_shape(shape)
     slabs = tuple(min(count, max(size, 1)) for count, size in zip(draw(counts), out, strict=True))
     flat = x.reshape(-1 if x.size else int(np.prod(batch)), *x.shape[-4:])
@@ -57,8 +58,6 @@ def back(value, data_format):
 @SETTINGS
 @given(problem=problems())
 def test_values_and_gradients_are_those_of_the_definition(problem) -> None:
-    if problem is None:
-        return
     spec, (x, w, b), ct, (want, want_dx, want_dw), slabs = problem
     move = functools.partial(layout, data_format=spec.data_format)
 
@@ -77,8 +76,6 @@ def test_values_and_gradients_are_those_of_the_definition(problem) -> None:
 @SETTINGS
 @given(problem=problems())
 def test_from_host_to_host_it_is_the_definition_too(problem) -> None:
-    if problem is None:
-        return
     spec, (x, w, b), _, (want, *_), slabs = problem
     move = functools.partial(layout, data_format=spec.data_format)
     out = np.full(move(want).shape, np.nan)
@@ -176,8 +173,6 @@ def test_a_limit_takes_the_fewest_slabs_that_stay_below_it() -> None:
 
 
 def reading_of(spec, shape):
-    from conv3dt_jax._operation import read
-
     dtype = np.dtype(np.float32)
     return read(spec, spec.geometry(shape[1:4]), shape[4], dtype, dtype, dtype)
 
