@@ -164,13 +164,31 @@ def test_sizes_that_do_not_divide(spec, shards) -> None:
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("spec", [T(3, 2, "same"), C(3, 2, "same"), C(3, 1, "same")], ids=["up", "down", "plain"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_what_lies_beyond_the_last_shard_may_be_anything(spec, dim) -> None:
+    x, w, b = operands(spec, (10, 4, 4), batch=3)
+    cut = NamedSharding(mesh((4,)), P(*[None] * dim, "a"))
+
+    def gradients(x, w, cut=None):
+        x = x if cut is None else jax.lax.with_sharding_constraint(x, cut)
+        return jax.grad(lambda x, w: jnp.sum(jnp.sin(call(spec, 1 / x, w, b))), (0, 1))(x, w)  # infinite beyond
+
+    placed = jax.device_put((x, w), NamedSharding(cut.mesh, P()))
+    got = jax.jit(functools.partial(gradients, cut=cut))(*placed)
+    for mine, expected in zip(got, gradients(x, w), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-3, atol=1e-3 * float(jnp.abs(expected).max()))
+
+
 def test_dimensions_cut_over_parts_of_a_mesh_axis() -> None:
     spec = T(3, 2, "same")
     x, w, b = operands(spec, (4, 4, 4), batch=8)
     placed = jax.device_put(x, NamedSharding(mesh((8,)), P("a")))
     for shape in ((2, 16, 4, 4, 4), (4, 2, 4, 4, 4, 4)):
-        got = jax.jit(lambda x, shape=shape: call(spec, x.reshape(shape), w, b))(placed)
-        np.testing.assert_allclose(got, call(spec, x.reshape(shape), w, b), rtol=1e-5, atol=1e-5)
+        run = lambda x, shape=shape: call(spec, x.reshape(shape), w, b)
+        np.testing.assert_allclose(jax.jit(run)(placed), run(x), rtol=1e-5, atol=1e-5)
+        compiled = jax.jit(lambda x, run=run: run(x).sum()).lower(placed).compile()
+        assert set(collectives(compiled)) <= {"collective-permute", "all-reduce"}
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32, jnp.complex64])

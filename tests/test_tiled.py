@@ -85,9 +85,9 @@ def test_from_host_to_host_it_is_the_definition_too(problem) -> None:
     close(back(out, spec.data_format), want)
 
 
-def operands(shape=(1, 12, 10, 8, 3), kernel=(3, 3, 3, 4, 3), dtype=np.float32):
+def operands(shape=(1, 12, 10, 8, 3), kernel=(3, 3, 3, 4, 3), dtype=np.float32, filters=None):
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.normal(size=size), dtype) for size in (shape, kernel, kernel[3])]
+    return [jnp.asarray(rng.normal(size=size), dtype) for size in (shape, kernel, filters or kernel[3])]
 
 
 @pytest.mark.parametrize("implementation", ["matmul", "phases"])
@@ -158,6 +158,49 @@ def test_temporaries_shrink_with_the_slabs_and_the_estimate_holds_them(kind) -> 
     assert many < whole / 2
     limit = 3 << 20
     assert temporaries(memory_limit=limit) <= limit
+
+
+# Operation, kernel, strides, padding, dilation: every axis in slabs that do not divide it.
+TABLE = {
+    "circular": (c3t.Conv3DTransposeSpec, 3, 2, "circular", 1),
+    "circular around itself": (c3t.Conv3DTransposeSpec, (9, 2, 4), 1, "circular", 2),
+    "circular convolution": (c3t.Conv3DSpec, 3, 2, "circular", 1),
+    "circular convolution, uneven": (c3t.Conv3DSpec, 4, 3, "circular", 1),
+    "gaps before the first input": (c3t.Conv3DTransposeSpec, 1, (4, 3, 5), ((3, 0), (2, 1), (4, 1)), 1),
+    "gaps": (c3t.Conv3DTransposeSpec, 2, 5, 1, 1),
+    "strides and dilation": (c3t.Conv3DTransposeSpec, 3, 2, ((3, 1), (0, 2), (1, 0)), 3),
+    "padded beyond the kernel": (c3t.Conv3DSpec, 2, 1, 4, 1),
+}
+
+
+@pytest.mark.parametrize("implementation", ["auto", "dilated", "matmul", "phases"])
+@pytest.mark.parametrize("name", TABLE)
+def test_every_geometry_is_the_same_in_slabs(name, implementation, x64) -> None:
+    kind, window, strides, padding, dilation = TABLE[name]
+    spec = kind(3, window, strides, padding, dilation_rate=dilation, implementation=implementation)
+    x, w, b = operands((2, 7, 10, 5, 2), spec.kernel_shape(2), np.float64, filters=3)
+
+    def train(x, w, b, **how):
+        call = functools.partial(c3t.tiled, spec=spec, **how)
+        y, pullback = jax.vjp(call, x, w, b)
+        return y, *pullback(jnp.cos(y))
+
+    whole = quick_jit(functools.partial(train, slabs=1))(x, w, b)
+    for slabs in ((3, 2, 2), (2, 4, 1)):
+        slabs = tuple(min(pair) for pair in zip(slabs, spec.output_shape(x.shape)[1:4], strict=True))
+        for got, want in zip(quick_jit(functools.partial(train, slabs=slabs))(x, w, b), whole, strict=True):
+            close(got, want)
+        out = np.full(whole[0].shape, np.nan)
+        close(c3t.tiled(np.asarray(x), w, b, spec=spec, slabs=slabs, out=out, progress=False), whole[0])
+
+
+def test_the_estimate_is_of_the_result_or_both_gradients_whichever_holds_more(capsys) -> None:
+    for spec in (c3t.Conv3DTransposeSpec(8, 3, 2, "same"), c3t.Conv3DTransposeSpec(2, 2, 2), c3t.Conv3DSpec(32, 3, 2)):
+        shape = (1, 24, 24, 24, 8)
+        plan = c3t.explain(shape, spec, platforms=["cpu"])
+        both = plan.forward["cpu"].temporary_bytes, plan.gradients["cpu"].temporary_bytes
+        assert both[0] != both[1]
+        assert _slab_sizes.held(reading_of(spec, shape), 1, (1, 1, 1)) == max(both)
 
 
 def test_a_limit_takes_the_fewest_slabs_that_stay_below_it() -> None:
