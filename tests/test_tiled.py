@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import conv3dt_jax as c3t
 from conv3dt_jax import _slab_sizes
+from conv3dt_jax._geometry import Axis, part_of_outputs
 from conv3dt_jax._operation import read
 from tests import oracle, test_conv3d, test_properties
 from tests.helpers import quick_jit
@@ -53,6 +54,23 @@ def layout(value, data_format):
 
 def back(value, data_format):
     return np.moveaxis(np.asarray(value), -4, -1) if data_format == "channels_first" else np.asarray(value)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(*[st.integers(1, 5)] * 3, st.integers(0, 9), st.integers(1, 12), st.integers(0, 4))
+def test_a_part_of_an_axis_has_the_inputs_that_reach_it_and_no_more(k, s, d, lo, length, cell) -> None:
+    first, part = part_of_outputs(Axis(40, k, s, d, lo, 99), length)
+    reaching = {
+        i
+        for i in range(-60, 60)
+        for t in range(k)
+        if 0 <= i * s + t * d - lo - cell * s < length
+    }  # fmt: skip
+    taken = set(range(cell + first, cell + first + part.n))
+    assert reaching <= taken
+    assert part.lo >= 0  # a window of the full result never begins before it
+    assert len(taken) <= max(reaching, default=cell) - min(reaching, default=cell) + 3
+    assert part.lo - lo == -first * s
 
 
 @SETTINGS
