@@ -205,6 +205,7 @@ def test_a_wrong_argument_gives_one_line(arguments, message, tmp_path, capsys, m
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_learnt(files, tmp_path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "examples.brain_segmentation", "--data", *map(str, files), "--out", str(out)]
