@@ -27,8 +27,10 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
+from jax.sharding import PartitionSpec
 
-from conv3dt_jax import _choice, _partition
+from conv3dt_jax import _choice, _partition, _shards
+from conv3dt_jax._cut import ROLES, Cut, agreed
 from conv3dt_jax._geometry import Geometry
 from conv3dt_jax._slabs import WHOLE
 
@@ -41,7 +43,8 @@ class Form:
 
     ``dtypes`` are those of the inputs, the kernel and the outputs, ``sums`` that of the sums before they are rounded to
     the outputs'. Channels and filters count all groups. ``channels_first`` is about the outputs. Each axis is computed
-    in as many ``slabs``, one after the other.
+    in as many ``slabs``, one after the other. ``cut`` says over which devices operands and results lie, where that is
+    not left to the compiler.
     """
 
     geometry: Geometry
@@ -54,6 +57,7 @@ class Form:
     implementation: str
     channels_first: bool = False
     slabs: tuple[int, int, int] = WHOLE
+    cut: Cut | None = None
 
     def inputs_shape(self, batch: Any) -> Shape:
         return (batch, *(axis.n for axis in self.geometry), self.channels)
@@ -78,47 +82,64 @@ class Form:
 
     def with_groups(self, times: int) -> Form:
         form = self.with_channels(times).with_filters(times)
-        return dataclasses.replace(form, groups=self.groups * times)
+        cut = None if self.cut is None else self.cut.regrouped()
+        return dataclasses.replace(form, groups=self.groups * times, cut=cut)
 
 
 def outputs(x: jax.Array, w: jax.Array, form: Form) -> jax.Array:
     """``y[i * s + t * d - lo, f] += sum_c x[i, c] w[t, f, c]``."""
-    if any(_is_explicitly_sharded(operand) for operand in (x, w)):  # the types of results are then JAX's to find
-        return _choice.run("outputs", "default", form, x, w)
-    return outputs_p.bind(*_equally_varying(x, w), form=form)
+    operands, form = _placed("outputs", form, x, w)
+    return outputs_p.bind(*operands, form=form)
 
 
 def affine(x: jax.Array, w: jax.Array, b: jax.Array, form: Form) -> jax.Array:
     """``outputs(x, w) + b``, rounded once; ``b`` has the dtype of the sums. Saves a pass over the result."""
-    if any(_is_explicitly_sharded(operand) for operand in (x, w, b)):
-        return _choice.run("affine", "default", form, x, w, b)
-    return affine_p.bind(*_equally_varying(x, w, b), form=form)
+    operands, form = _placed("affine", form, x, w, b)
+    return affine_p.bind(*operands, form=form)
 
 
 def inputs(w: jax.Array, y: jax.Array, form: Form) -> jax.Array:
     """``x[i, c] = sum_{t, f} w[t, f, c] y[i * s + t * d - lo, f]``."""
-    if any(_is_explicitly_sharded(operand) for operand in (w, y)):
-        return _choice.run("inputs", "default", form, w, y)
-    return inputs_p.bind(*_equally_varying(w, y), form=form)
+    operands, form = _placed("inputs", form, w, y)
+    return inputs_p.bind(*operands, form=form)
 
 
 def kernel(x: jax.Array, y: jax.Array, form: Form) -> jax.Array:
     """``w[t, f, c] = sum_i x[i, c] y[i * s + t * d - lo, f]``."""
-    return kernel_p.bind(*_equally_varying(x, y), form=form)
+    operands, form = _placed("kernel", form, x, y)
+    return kernel_p.bind(*operands, form=form)
 
 
 def tangent(dx: jax.Array, dw: jax.Array, x: jax.Array, w: jax.Array, form: Form) -> jax.Array:
     """``outputs(dx, w) + outputs(x, dw)``."""
-    return tangent_p.bind(*_equally_varying(dx, dw, x, w), form=form)
+    operands, form = _placed("tangent", form, dx, dw, x, w)
+    return tangent_p.bind(*operands, form=form)
 
 
 def gradients(x: jax.Array, w: jax.Array, y: jax.Array, form: Form) -> list[jax.Array]:
     """``[inputs(w, y), kernel(x, y)]``."""
-    return gradients_p.bind(*_equally_varying(x, w, y), form=form)
+    operands, form = _placed("gradients", form, x, w, y)
+    return gradients_p.bind(*operands, form=form)
 
 
-def _is_explicitly_sharded(x: jax.Array) -> bool:
-    return jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+def _placed(kind: str, form: Form, *operands: jax.Array) -> tuple[Sequence[jax.Array], Form]:
+    """The operands where the form wants them on a mesh; where their types say how they are cut, the form too."""
+    roles, _ = ROLES[kind]
+    mesh = _explicit_mesh(operands)
+    if form.cut is None and mesh is not None:
+        specs: dict[str, PartitionSpec] = {}
+        for role, operand in zip(roles, operands, strict=True):
+            specs.setdefault(role, jax.typeof(operand).sharding.spec)
+        form = dataclasses.replace(form, cut=agreed(kind, form, mesh, specs))
+    if form.cut is not None:
+        operands = tuple(form.cut.placed(operand, role, form) for role, operand in zip(roles, operands, strict=True))
+    return _equally_varying(*operands), form
+
+
+def _explicit_mesh(operands: Sequence[jax.Array]) -> Any:
+    """The mesh of operands whose types say how they are cut; None where it is left to the compiler."""
+    meshes = [jax.typeof(operand).sharding.mesh for operand in operands]
+    return next((mesh for mesh in meshes if jax.sharding.AxisType.Explicit in mesh.axis_types), None)
 
 
 def _equally_varying(*operands: jax.Array) -> Sequence[jax.Array]:
@@ -138,14 +159,19 @@ def _define(name: str, result: Callable[..., Any], multiple: bool = False) -> Pr
     primitive = Primitive(f"conv3d_transpose_{name}" if name != "outputs" else "conv3d_transpose")
     primitive.multiple_results = multiple
 
+    _, made = ROLES[name]
+
     def abstract(*avals: Any, form: Form) -> Any:
-        results = [
-            avals[0].update(shape=shape, dtype=dtype, weak_type=False) for shape, dtype in result(form, *avals)
-        ]  # fmt: skip
+        results = []
+        for role, (shape, dtype) in zip(made, result(form, *avals), strict=True):
+            typed: dict[str, Any] = {"shape": shape, "dtype": dtype, "weak_type": False}
+            if form.cut is not None and form.cut.is_explicit:
+                typed["sharding"] = form.cut.typed(role, form, shape)
+            results.append(avals[0].update(**typed))
         return results if multiple else results[0]
 
     primitive.def_abstract_eval(abstract)
-    primitive.def_impl(lambda *operands, form: _choice.run(name, jax.default_backend(), form, *operands))
+    primitive.def_impl(lambda *operands, form: _run(form)(name, jax.default_backend(), form, *operands))
     mlir.register_lowering(primitive, _lowering(name, "default", multiple))
     _partition.tell_devices(primitive)
     for platform in _choice.PLATFORMS:
@@ -154,7 +180,7 @@ def _define(name: str, result: Callable[..., Any], multiple: bool = False) -> Pr
 
 
 def _lowering(name: str, platform: str, multiple: bool) -> Any:
-    """Lowers by tracing; in terms of one device, whatever mesh axes the operands vary over, or for the partitioner."""
+    """Lowers by tracing: for one device, for the partitioner, or for the shards of a form that is cut."""
 
     def rule(compute: Callable[..., Any]) -> Any:
         def run(*operands: jax.Array, form: Form) -> Any:
@@ -162,14 +188,18 @@ def _lowering(name: str, platform: str, multiple: bool) -> Any:
 
         return mlir.lower_fun(run, multiple_results=multiple)
 
-    alone, together = rule(_choice.run), rule(_partition.partitioned)
-
-    def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
-        avals = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-        found = together if _partition.is_asked(ctx) else alone
-        return found(ctx.replace(avals_in=avals), *operands, **params)
+    def lower(ctx: Any, *operands: Any, form: Form) -> Any:
+        if form.cut is None:  # in terms of one device, whatever mesh axes the operands vary over
+            avals = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+            ctx = ctx.replace(avals_in=avals)
+        compute = _partition.partitioned if form.cut is None and _partition.is_asked(ctx) else _run(form)
+        return rule(compute)(ctx, *operands, form=form)
 
     return lower
+
+
+def _run(form: Form) -> Callable[..., Any]:
+    return _choice.run if form.cut is None else _shards.run
 
 
 outputs_p = _define("outputs", lambda form, x, w: [(form.outputs_shape(x.shape[0]), form.dtypes[2])])
@@ -218,7 +248,9 @@ def _affine_jvp(primals: Any, tangents: Any, *, form: Form) -> Any:
     moved = _outputs_tangent(dx, dw, x, w, form)
     if not _is_zero(db):
         # Widened before it is rounded, so that its transpose sums the cotangents in the dtype of the sums.
-        shift, _ = _equally_varying(lax.broadcast_in_dim(db, y.shape, (form.filters_dim,)).astype(y.dtype), y)
+        cut = jax.typeof(y).sharding if _explicit_mesh([y]) is not None else None
+        shift = lax.broadcast_in_dim(db, y.shape, (form.filters_dim,), out_sharding=cut)
+        shift, _ = _equally_varying(shift.astype(y.dtype), y)
         moved = ad.add_tangents(moved, shift)
     return y, moved
 

@@ -1,0 +1,120 @@
+"""How the dimensions of a form are cut over the axes of a mesh of devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+Names = tuple[str, ...]
+
+ROLES = {
+    "outputs": ("xw", "y"),
+    "affine": ("xwb", "y"),
+    "tangent": ("xwxw", "y"),
+    "inputs": ("wy", "x"),
+    "kernel": ("xy", "w"),
+    "gradients": ("xwy", "xw"),
+}
+"""The operands and the results of the primitives: inputs, kernel, outputs, bias."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """The axes of ``mesh`` over which each dimension is cut, into pieces of equal size, the last of which may be short.
+
+    With several groups, channels and filters are cut where whole groups end.
+    """
+
+    mesh: Mesh | AbstractMesh
+    batch: Names = ()
+    space: tuple[Names, Names, Names] = ((), (), ())
+    channels: Names = ()
+    filters: Names = ()
+    groups: Names = ()
+
+    def shards(self, names: Names) -> int:
+        """The number of pieces over these axes."""
+        return math.prod(self.mesh.shape[name] for name in names)
+
+    def spec(self, role: str, form: Any) -> PartitionSpec:
+        """Of the inputs, the kernel, the outputs or the bias."""
+        channels, filters = self.groups or self.channels, self.groups or self.filters
+        if role == "w":
+            return PartitionSpec(None, None, None, _entry(self.filters), _entry(channels))
+        if role == "b":
+            return PartitionSpec(_entry(filters))
+        space = [_entry(names) for names in self.space]
+        if role == "y" and form.channels_first:
+            return PartitionSpec(_entry(self.batch), _entry(filters), *space)
+        return PartitionSpec(_entry(self.batch), *space, _entry(channels if role == "x" else filters))
+
+    def sharding(self, role: str, form: Any) -> NamedSharding:
+        """The same, for constraints and types."""
+        mesh = self.mesh.abstract_mesh if self.is_explicit and isinstance(self.mesh, Mesh) else self.mesh
+        return NamedSharding(mesh, self.spec(role, form))
+
+    def typed(self, role: str, form: Any, shape: tuple[int, ...]) -> NamedSharding:
+        """What types can say of it: a dimension that its axes do not divide is whole."""
+        whole = self.sharding(role, form)
+        entries = [
+            None if size % self.shards(_names(entry)) else entry for entry, size in zip(whole.spec, shape, strict=True)
+        ]
+        return whole.update(spec=PartitionSpec(*entries))
+
+    def placed(self, array: jax.Array, role: str, form: Any) -> jax.Array:
+        """An operand, where it shall lie."""
+        if self.is_explicit:
+            return jax.sharding.reshard(array, self.typed(role, form, array.shape))
+        return lax.with_sharding_constraint(array, self.sharding(role, form))
+
+    def missing(self, role: str, form: Any, shape: tuple[int, ...]) -> list[int]:
+        """How many elements more each dimension needs so that its axes divide it."""
+        return [-size % self.shards(_names(entry)) for size, entry in zip(shape, self.spec(role, form), strict=True)]
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether types say how arrays are cut."""
+        return AxisType.Explicit in self.mesh.axis_types
+
+    def regrouped(self) -> Cut:
+        """For a form whose channels and filters became parts of groups: cut only where groups were cut before."""
+        return dataclasses.replace(self, channels=(), filters=())
+
+
+def _entry(names: Names) -> Any:
+    return None if not names else names[0] if len(names) == 1 else names
+
+
+def _names(entry: Any) -> Names:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def agreed(kind: str, form: Any, mesh: Any, specs: dict[str, PartitionSpec]) -> Cut:
+    """The mesh axes that the operands and results agree on, as far as there is a computation for them."""
+    used: set[str] = set()
+
+    def names(role: str, dim: int, size: int | None = None) -> Names:
+        found = _names(specs[role][dim]) if role in specs and dim < len(specs[role]) else ()
+        shards = math.prod(mesh.shape[name] for name in found)
+        if used & set(found) or (size is not None and size % shards):
+            return ()
+        used.update(found)
+        return found
+
+    outer = "y" if ("y" in specs and kind != "inputs") or "x" not in specs else "x"  # the larger one, or the result
+    first = 2 if outer == "y" and form.channels_first else 1
+    batch = names(outer, 0)
+    depth, height, width = names(outer, first), names(outer, first + 1), names(outer, first + 2)
+    space = (depth, height, width)
+    filters_dim = 1 if form.channels_first else 4
+    if form.groups > 1:
+        groups = names("y", filters_dim, form.groups) or names("x", 4, form.groups) or names("w", 4, form.groups)
+        return Cut(mesh, batch, space, groups=groups)
+    filters = names("y", filters_dim, form.filters) or names("w", 3, form.filters)
+    channels = names("x", 4, form.channels) or names("w", 4, form.channels)
+    return Cut(mesh, batch, space, channels, filters)
