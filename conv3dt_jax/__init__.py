@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from conv3dt_jax import initializers
 from conv3dt_jax._explain import Explanation, explain
 from conv3dt_jax._parameters import apply, init
+from conv3dt_jax._placement import MeshAxes
+from conv3dt_jax._sharded import Sharded, sharded
 from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
 from conv3dt_jax._tiled import tiled
 from conv3dt_jax.functional import conv3d, conv3d_transpose, output_shape
@@ -34,6 +36,8 @@ __all__ = [
     "Convolution3D",
     "Convolution3DTranspose",
     "Explanation",
+    "MeshAxes",
+    "Sharded",
     "apply",
     "constrain",
     "constraints",
@@ -48,6 +52,7 @@ __all__ = [
     "output_shape",
     "regularization_loss",
     "regularizers",
+    "sharded",
     "tiled",
 ]
 

@@ -23,7 +23,9 @@ from conv3dt_jax import _batching as _batching  # registers the rules of jax.vma
 from conv3dt_jax import _operands, _primitives
 from conv3dt_jax._choice import check_named
 from conv3dt_jax._convolution_spec import ConvolutionSpec
+from conv3dt_jax._cut import Cut
 from conv3dt_jax._geometry import Geometry, turned
+from conv3dt_jax._placement import Placement
 from conv3dt_jax._primitives import Form
 from conv3dt_jax._slabs import WHOLE
 from conv3dt_jax._spec import Conv3DTransposeSpec
@@ -53,6 +55,7 @@ def read(
     sums: np.dtype,
     result: np.dtype,
     slabs: tuple[int, int, int] = WHOLE,
+    cut: Cut | None = None,
 ) -> Reading:
     """The reading of the form for an operation on operands of this dtype."""
     convolution = not isinstance(spec, Conv3DTransposeSpec)
@@ -70,6 +73,7 @@ def read(
         implementation=spec.implementation,
         channels_first=outputs and spec.data_format == "channels_first",
         slabs=slabs,
+        cut=cut,
     )
     return Reading(form, outputs, convolution and outputs)
 
@@ -83,12 +87,18 @@ def run(
     *,
     keras_rules: bool = False,
     slabs: tuple[int, int, int] = WHOLE,
+    placement: Placement | None = None,
 ) -> jax.Array:
-    """The operation behind the functions and the layers: checks the arrays, then computes, maybe slab by slab."""
+    """The operation behind the functions and the layers: checks the arrays, then computes, in parts if it shall."""
     inputs = _operands.array("inputs", inputs)
     bias = None if bias is None else _operands.array("bias", bias)
     geometry = checked(inputs, kernel, bias, spec, output_size, keras_rules=keras_rules)
     sums, result = _operands.result_dtypes(spec, inputs, kernel)
+    cut = None
+    if placement is not None:
+        _, _, channels = spec.split_shape(inputs.shape)
+        axes, _ = opened(geometry)
+        cut = placement.cut(spec, channels, read(spec, axes, channels, inputs.dtype, sums, result))
     return _compute(
         inputs,
         kernel,
@@ -98,6 +108,7 @@ def run(
         sums=sums,
         result=result,
         slabs=slabs,
+        cut=cut,
     )
 
 
@@ -124,7 +135,7 @@ def checked(
     return geometry
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "geometry", "sums", "result", "slabs"))
+@functools.partial(jax.jit, static_argnames=("spec", "geometry", "sums", "result", "slabs", "cut"))
 def _compute(
     inputs: jax.Array,
     kernel: jax.Array,
@@ -135,6 +146,7 @@ def _compute(
     sums: np.dtype,
     result: np.dtype,
     slabs: tuple[int, int, int],
+    cut: Cut | None,
 ) -> jax.Array:
     batch, _, channels = spec.split_shape(inputs.shape)
     shape = spec.join_shape(batch, spec.space(geometry), spec.filters)
@@ -147,7 +159,7 @@ def _compute(
     geometry, around = opened(geometry)
     for dim, (low, high) in enumerate(around, start=2 if spec.data_format == "channels_first" else 1):
         inputs = inputs if (low, high) == (0, 0) else wrapped(inputs, dim, low, high)
-    reading = read(spec, geometry, channels, inputs.dtype, sums, result, slabs)
+    reading = read(spec, geometry, channels, inputs.dtype, sums, result, slabs, cut)
     return computed(inputs, kernel, bias, reading, spec).reshape(shape)
 
 
@@ -167,12 +179,15 @@ def computed(
         if bias is not None:  # rounded once, after it
             form = dataclasses.replace(form, dtypes=(form.sums, *form.dtypes[1:]))
         found = plus(_primitives.inputs(kernel, inputs, form), bias)
+        found = found if form.cut is None else form.cut.placed(found, "x", form)
         return (jnp.moveaxis(found, -1, 1) if channels_first else found).astype(reading.result)
     if reading.turned:
         kernel = turned_kernel(kernel, form.groups)
     if bias is None:
-        return _primitives.outputs(inputs, kernel, form)
-    return _primitives.affine(inputs, kernel, bias, form)
+        found = _primitives.outputs(inputs, kernel, form)
+    else:
+        found = _primitives.affine(inputs, kernel, bias, form)
+    return found if form.cut is None else form.cut.placed(found, "y", form)
 
 
 def opened(geometry: Geometry) -> tuple[Geometry, tuple[tuple[Any, Any], ...]]:
