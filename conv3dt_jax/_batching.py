@@ -7,6 +7,7 @@ that only the kernel has joins the filters, or, for its adjoint, the channels; o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,12 +23,14 @@ def _front(array: jax.Array, dim: Any) -> jax.Array:
     return jnp.moveaxis(array, dim, 0)
 
 
-def _into_batch(array: jax.Array) -> jax.Array:
-    return array.reshape(-1 if array.shape[1] else 0, *array.shape[2:])
-
-
-def _out_of_batch(array: jax.Array, size: int) -> jax.Array:
-    return array.reshape(size, array.shape[0] // size, *array.shape[1:])
+def _through_batch(compute: Callable[[jax.Array], jax.Array], array: jax.Array, dim: Any) -> tuple[jax.Array, int]:
+    """Computes with the mapped axis in the batch: before it, or behind one whose type says that it is cut."""
+    array = _front(array, dim)
+    behind = jax.typeof(array).sharding.spec[1] is not None
+    array = jnp.moveaxis(array, 0, 1) if behind else array
+    first, second = array.shape[:2]
+    found = compute(array.reshape(-1 if first and second else 0, *array.shape[2:]))
+    return found.reshape(first, second, *found.shape[1:]), int(behind)
 
 
 def _into(array: jax.Array, dim: int, parts: int) -> jax.Array:
@@ -47,8 +50,7 @@ def _out_of(array: jax.Array, dim: int, parts: int, size: int) -> jax.Array:
 def _outputs(operands: Any, dims: Any, *, form: Form) -> Any:
     (x, w), (xd, wd) = operands, dims
     if wd is None:
-        x = _front(x, xd)
-        return _out_of_batch(p.outputs(_into_batch(x), w, form), x.shape[0]), 0
+        return _through_batch(lambda x: p.outputs(x, w, form), x, xd)
     w = _front(w, wd)
     size = w.shape[0]
     if xd is None:
@@ -61,8 +63,7 @@ def _outputs(operands: Any, dims: Any, *, form: Form) -> Any:
 def _affine(operands: Any, dims: Any, *, form: Form) -> Any:
     (x, w, b), (xd, wd, bd) = operands, dims
     if wd is None and bd is None:
-        x = _front(x, xd)
-        return _out_of_batch(p.affine(_into_batch(x), w, b, form), x.shape[0]), 0
+        return _through_batch(lambda x: p.affine(x, w, b, form), x, xd)
     sums = dataclasses.replace(form, dtypes=(*form.dtypes[:2], form.sums))
     y = p.outputs(x, w, sums)[None] if xd is None and wd is None else _front(*_outputs((x, w), (xd, wd), form=sums))
     b = b[None] if bd is None else _front(b, bd)
@@ -73,8 +74,7 @@ def _affine(operands: Any, dims: Any, *, form: Form) -> Any:
 def _inputs(operands: Any, dims: Any, *, form: Form) -> Any:
     (w, y), (wd, yd) = operands, dims
     if wd is None:
-        y = _front(y, yd)
-        return _out_of_batch(p.inputs(w, _into_batch(y), form), y.shape[0]), 0
+        return _through_batch(lambda y: p.inputs(w, y, form), y, yd)
     w = _front(w, wd)
     size = w.shape[0]
     if yd is None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from conv3dt_jax import _activations, _dtype_policy, _identifiers, _layer, constraints, initializers, regularizers
 from conv3dt_jax import _arguments as args
+from conv3dt_jax._placement import MeshAxes
 
 # What Keras's layer may not take, or warns of, with its default: written where it differs.
 _OURS = {
@@ -22,6 +23,7 @@ _OURS = {
     "input_shape": None,
     "batch_input_shape": None,
     "weights": None,
+    "mesh_axes": None,
 }
 # Where Keras keeps each kind, and the names in its files for the classes that stand for them here.
 _MODULES = {
@@ -56,6 +58,8 @@ def _plain(value: Any) -> Any:
         if np.iscomplexobj(value):
             raise ValueError("get_config: complex `weights` have no form in JSON; construct the layer without them.")
         return value.astype(np.float64).tolist()
+    if isinstance(value, MeshAxes):
+        value = value.as_dict()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core.spmd import get_logical_axis_rules
 from jax import lax
 
 from conv3dt_jax import (
@@ -16,6 +17,7 @@ from conv3dt_jax import (
     _dtype_policy,
     _initializers,
     _operands,
+    _placement,
     constraints,
     initializers,
     regularizers,
@@ -26,10 +28,11 @@ from conv3dt_jax._given_weights import GivenWeights
 from conv3dt_jax._keras_config import default_data_format
 from conv3dt_jax._operation import run
 from conv3dt_jax._parameters import initializer_of_bias, initializer_of_kernel
+from conv3dt_jax._placement import MeshAxes, Placement
 from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
 
 # Arguments that a layer keeps in canonical form, so that equal layers are equal and a config has one spelling.
-_OF_CONFIG = ("dtype", "param_dtype", "input_shape", "batch_input_shape", "trainable", "weights")
+_OF_CONFIG = ("dtype", "param_dtype", "input_shape", "batch_input_shape", "trainable", "weights", "mesh_axes")
 PENALTIES = ("kernel_regularizer", "bias_regularizer", "activity_regularizer")
 CONSTRAINTS = ("kernel_constraint", "bias_constraint")
 FUNCTIONS = ("activation", "kernel_initializer", "bias_initializer", *PENALTIES, *CONSTRAINTS)
@@ -91,6 +94,7 @@ class LayerConfig:
     batch_input_shape: tuple[int | None, ...] | None
     trainable: bool
     weights: GivenWeights | None
+    mesh_axes: MeshAxes | None
 
     @property
     def makers(self) -> tuple[_initializers.Initializer, _initializers.Initializer]:
@@ -130,6 +134,7 @@ def configure(layer: Any, kind: Kind) -> LayerConfig:
         batch_input_shape=batch_input_shape,
         trainable=args.boolean("trainable", layer.trainable),
         weights=None if layer.weights is None else GivenWeights.of(layer.weights, spec, param_dtype),
+        mesh_axes=_placement.mesh_axes(layer.mesh_axes),
     )
 
 
@@ -189,16 +194,37 @@ def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
 
 
 def forward(
-    config: LayerConfig, inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None, output_size: Any = None
+    config: LayerConfig,
+    inputs: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    output_size: Any = None,
+    *,
+    initializing: bool = False,
 ) -> jax.Array:
-    """``activation(operation(inputs, kernel) + bias)``, in the layer's dtype."""
+    """``activation(operation(inputs, kernel) + bias)``, in the layer's dtype.
+
+    The inputs of an initialization may be smaller than those of a mesh, and lie as they do.
+    """
     if not config.trainable:
         kernel, bias = lax.stop_gradient((kernel, bias))
     dtype = compute_dtype(config, inputs, kernel, bias)
     inputs, kernel = inputs.astype(dtype), kernel.astype(dtype)
     bias = None if bias is None else bias.astype(dtype)
     spec = config.spec if output_size is None else config.spec.without_output_padding()
-    return config.activation(run(inputs, kernel, bias, spec, output_size, keras_rules=True))
+    placement = None if initializing else _current_placement(config.mesh_axes)
+    return config.activation(run(inputs, kernel, bias, spec, output_size, keras_rules=True, placement=placement))
+
+
+def _current_placement(axes: MeshAxes | None) -> Placement | None:
+    """Over the mesh of `jax.set_mesh`, where there is one; its axes may have other names by Flax's rules."""
+    mesh = _placement.current_mesh()
+    if axes is None or mesh is None:
+        return None
+    rules: dict[str, Any] = {}
+    for logical, name in get_logical_axis_rules():
+        rules.setdefault(logical, name)
+    return Placement(mesh, axes.translated(rules))
 
 
 def check_drawn(argument: str, value: jax.Array, shape: tuple[int, ...]) -> None:

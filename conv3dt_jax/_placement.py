@@ -120,6 +120,7 @@ class Placement:
         if not isinstance(self.mesh, Mesh | AbstractMesh):
             raise TypeError(f"`mesh` must be a jax.sharding.Mesh, not {type(self.mesh).__name__}; see jax.make_mesh.")
         kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        typed = AxisType.Explicit in kinds.values()
         for dimension in self.axes.as_dict():
             for name in self.axes.names(dimension):
                 if name not in kinds:
@@ -131,6 +132,11 @@ class Placement:
                     raise ValueError(
                         f"`{dimension}={name!r}` is a manual axis here, inside of jax.shard_map, where all arrays are "
                         "those of one device; leave it out, or call this outside."
+                    )
+                if typed and kinds[name] != AxisType.Explicit:
+                    raise ValueError(
+                        f"`{dimension}={name!r}` is an axis of type Auto in a mesh that has Explicit ones too; cut "
+                        "over these, or make a mesh with axes of one type."
                     )
 
     def cut(self, spec: ConvolutionSpec, channels: int, reading: Any) -> Cut:

@@ -14,6 +14,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from conv3dt_jax import _config, _layer
+from conv3dt_jax._placement import MeshAxes
 from conv3dt_jax.functional import Implementation
 
 Identifier = str | Mapping[str, Any] | Callable[..., Any] | None
@@ -43,7 +44,7 @@ class Layer(nn.Module):
         if config.spec.use_bias:
             bias = self.param("bias", make_bias, (config.spec.filters,), config.param_dtype)
             _layer.check_drawn("bias_initializer", bias, (config.spec.filters,))
-        outputs = _layer.forward(config, inputs, kernel, bias, output_size)
+        outputs = _layer.forward(config, inputs, kernel, bias, output_size, initializing=self.is_initializing())
         # At init nothing is sown: the loss would come back among the variables, and be counted again.
         if config.activity_regularizer is not None and not self.is_initializing():
             self.sow("losses", "activity_regularizer", _layer.activity_loss(config, outputs))
@@ -147,6 +148,9 @@ class Conv3DTranspose(Layer):
       trainable: with False no gradient flows to the parameters (`jax.lax.stop_gradient`), they have no penalty, and
         `conv3dt_jax.constrain` leaves them as they are.
       weights: initial values ``[kernel, bias]`` in place of those of the initializers, cast to ``param_dtype``.
+      mesh_axes: how a call is cut over the mesh of `jax.set_mesh`, as `conv3dt_jax.sharded` does it: a
+        `conv3dt_jax.MeshAxes`, or a dict such as ``{"batch": "data", "depth": "z"}``, of names of mesh axes or of
+        logical names for `flax.linen.logical_axis_rules`. Without a mesh, and at init, it has no effect.
 
     Parameters: ``kernel`` ``(kd, kh, kw, F // G, C)`` and, with ``use_bias``, ``bias`` ``(F,)``.
 
@@ -197,6 +201,7 @@ class Conv3DTranspose(Layer):
     batch_input_shape: Sequence[int | None] | None = None
     trainable: bool = True
     weights: Sequence[ArrayLike] | None = None
+    mesh_axes: MeshAxes | Mapping[str, Any] | None = None
 
     def __call__(self, inputs: ArrayLike, output_size: Sequence[int] | None = None) -> jax.Array:
         """Applies the layer.
@@ -275,6 +280,7 @@ class Conv3D(Layer):
     batch_input_shape: Sequence[int | None] | None = None
     trainable: bool = True
     weights: Sequence[ArrayLike] | None = None
+    mesh_axes: MeshAxes | Mapping[str, Any] | None = None
 
     def __call__(self, inputs: ArrayLike) -> jax.Array:
         """Applies the layer.

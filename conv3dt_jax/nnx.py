@@ -25,6 +25,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from conv3dt_jax import _layer
 from conv3dt_jax._nnx import Layer, RegularizationLoss
+from conv3dt_jax._placement import MeshAxes
 from conv3dt_jax.functional import Implementation
 
 __all__ = ["Conv3D", "Conv3DTranspose", "Convolution3D", "Convolution3DTranspose", "RegularizationLoss"]
@@ -107,6 +108,7 @@ class Conv3DTranspose(Layer):
         batch_input_shape: Sequence[int | None] | None = None,
         trainable: bool = True,
         weights: Sequence[ArrayLike] | None = None,
+        mesh_axes: MeshAxes | Mapping[str, Any] | None = None,
         name: str | None = None,
         *,
         kernel_metadata: Mapping[str, Any] = types.MappingProxyType({}),
@@ -178,6 +180,7 @@ class Conv3D(Layer):
         batch_input_shape: Sequence[int | None] | None = None,
         trainable: bool = True,
         weights: Sequence[ArrayLike] | None = None,
+        mesh_axes: MeshAxes | Mapping[str, Any] | None = None,
         name: str | None = None,
         *,
         kernel_metadata: Mapping[str, Any] = types.MappingProxyType({}),
