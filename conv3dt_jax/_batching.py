@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import batching
+from jax.sharding import PartitionSpec
 
 from conv3dt_jax import _primitives as p
 from conv3dt_jax._primitives import Form
@@ -26,25 +27,46 @@ def _front(array: jax.Array, dim: Any) -> jax.Array:
 def _through_batch(compute: Callable[[jax.Array], jax.Array], array: jax.Array, dim: Any) -> tuple[jax.Array, int]:
     """Computes with the mapped axis in the batch: before it, or behind one whose type says that it is cut."""
     array = _front(array, dim)
-    behind = jax.typeof(array).sharding.spec[1] is not None
+    behind = _is_cut(array, 1)
     array = jnp.moveaxis(array, 0, 1) if behind else array
     first, second = array.shape[:2]
     found = compute(array.reshape(-1 if first and second else 0, *array.shape[2:]))
     return found.reshape(first, second, *found.shape[1:]), int(behind)
 
 
-def _into(array: jax.Array, dim: int, parts: int) -> jax.Array:
-    """Puts the leading axis into the axis ``dim`` (counted without it), behind its ``parts`` groups."""
+def _into(array: jax.Array, dim: int, parts: int, behind: bool = False) -> jax.Array:
+    """Puts the leading axis into the axis ``dim`` (counted without it), behind its ``parts`` groups, or ``behind``."""
     size, shape = array.shape[0], array.shape[1:]
+    merged = (*shape[:dim], shape[dim] * size, *shape[dim + 1 :])
+    if behind:
+        return jnp.moveaxis(array, 0, dim + 1).reshape(merged)
+    if parts == 1:
+        array = _whole(array, dim + 1)
     split = array.reshape(size, *shape[:dim], parts, shape[dim] // parts, *shape[dim + 1 :])
-    return jnp.moveaxis(split, 0, dim + 1).reshape(*shape[:dim], shape[dim] * size, *shape[dim + 1 :])
+    return jnp.moveaxis(split, 0, dim + 1).reshape(merged)
 
 
-def _out_of(array: jax.Array, dim: int, parts: int, size: int) -> jax.Array:
+def _out_of(array: jax.Array, dim: int, parts: int, size: int, behind: bool = False) -> jax.Array:
     """Takes the axis out again and puts it first."""
     shape = array.shape
+    if behind:
+        split = array.reshape(*shape[:dim], shape[dim] // size, size, *shape[dim + 1 :])
+        return jnp.moveaxis(split, dim + 1, 0)
     split = array.reshape(*shape[:dim], parts, size, shape[dim] // parts // size, *shape[dim + 1 :])
     return jnp.moveaxis(split, dim + 1, 0).reshape(size, *shape[:dim], shape[dim] // size, *shape[dim + 1 :])
+
+
+def _is_cut(array: jax.Array, dim: int) -> bool:
+    """Whether the type of an array says so: its pieces stay where they are if other axes come behind."""
+    return jax.typeof(array).sharding.spec[dim] is not None
+
+
+def _whole(array: jax.Array, dim: int) -> jax.Array:
+    if not _is_cut(array, dim):
+        return array
+    cut = jax.typeof(array).sharding
+    entries = (entry if i != dim else None for i, entry in enumerate(cut.spec))
+    return jax.sharding.reshard(array, cut.update(spec=PartitionSpec(*entries)))
 
 
 def _outputs(operands: Any, dims: Any, *, form: Form) -> Any:
@@ -54,8 +76,9 @@ def _outputs(operands: Any, dims: Any, *, form: Form) -> Any:
     w = _front(w, wd)
     size = w.shape[0]
     if xd is None:
-        y = p.outputs(x, _into(w, 3, 1), form.with_filters(size))
-        return _out_of(y, form.filters_dim, form.groups, size), 0
+        behind = _is_cut(w, 4)
+        y = p.outputs(x, _into(w, 3, 1, behind), form.with_filters(size))
+        return _out_of(y, form.filters_dim, form.groups, size, behind), 0
     y = p.outputs(_into(_front(x, xd), 4, 1), _into(w, 4, 1), form.with_groups(size))
     return _out_of(y, form.filters_dim, 1, size), 0
 
@@ -78,8 +101,9 @@ def _inputs(operands: Any, dims: Any, *, form: Form) -> Any:
     w = _front(w, wd)
     size = w.shape[0]
     if yd is None:
-        x = p.inputs(_into(w, 4, form.groups), y, form.with_channels(size))
-        return _out_of(x, 4, form.groups, size), 0
+        behind = form.groups == 1 and _is_cut(w, 5)
+        x = p.inputs(_into(w, 4, form.groups, behind), y, form.with_channels(size))
+        return _out_of(x, 4, form.groups, size, behind), 0
     x = p.inputs(_into(w, 4, 1), _into(_front(y, yd), form.filters_dim, 1), form.with_groups(size))
     return _out_of(x, 4, 1, size), 0
 
@@ -88,11 +112,15 @@ def _kernel(operands: Any, dims: Any, *, form: Form) -> Any:
     (x, y), (xd, yd) = operands, dims
     size = operands[0].shape[xd] if xd is not None else operands[1].shape[yd]
     if yd is None:
-        w = p.kernel(_into(_front(x, xd), 4, form.groups), y, form.with_channels(size))
-        return _out_of(w, 4, form.groups, size), 0
+        x = _front(x, xd)
+        behind = form.groups == 1 and _is_cut(x, 5)
+        w = p.kernel(_into(x, 4, form.groups, behind), y, form.with_channels(size))
+        return _out_of(w, 4, form.groups, size, behind), 0
     if xd is None:
-        w = p.kernel(x, _into(_front(y, yd), form.filters_dim, form.groups), form.with_filters(size))
-        return _out_of(w, 3, 1, size), 0
+        y = _front(y, yd)
+        behind = form.groups == 1 and _is_cut(y, 1 + form.filters_dim)
+        w = p.kernel(x, _into(y, form.filters_dim, form.groups, behind), form.with_filters(size))
+        return _out_of(w, 3, 1, size, behind), 0
     w = p.kernel(_into(_front(x, xd), 4, 1), _into(_front(y, yd), form.filters_dim, 1), form.with_groups(size))
     return _out_of(w, 4, 1, size), 0
 

@@ -15,10 +15,10 @@ from conv3dt_jax import _halos
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("part", ["results or sizes", "not results and not sizes"])
+@pytest.mark.parametrize("part", ["eight_devices", "eight_devices_declared"])
 def test_on_eight_devices(part) -> None:
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/eight_devices.py", "-k", part]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{part}.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
