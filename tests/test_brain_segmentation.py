@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from examples.brain_segmentation import cli, report
-from examples.brain_segmentation.data import Subject, load_files, load_mni152
+from examples.brain_segmentation.data import DataError, Subject, load_files, load_mni152
+from examples.brain_segmentation.devices import Devices
 from examples.brain_segmentation.evaluate import dice, score
 from examples.brain_segmentation.logs import LOSSES, series
 from examples.brain_segmentation.loop import Stop, train
@@ -189,6 +190,9 @@ def test_a_wrong_file_gives_one_line(kind, message, files, tmp_path, capsys) -> 
         (["--accumulate", "30"], "--steps 100 must be a multiple of --accumulate 30"), (["--steps", "1"], "nothing would be learnt"),
         (["--steps", "1" + "0" * 20], "is no positive integer below 2**31"), (["--accumulate", "100"], "nothing would be learnt"),
          (["--precision", "fp8"], "invalid choice: 'fp8'"), (["--seed", "-1"], "'-1' is no integer"),
+        (["--mesh", "time=2"], "'time=2' is no mesh: write sizes of data, depth"), (["--mesh", "depth=2,depth=2"], "is no mesh"),
+        (["--mesh", "data=3"], "--mesh data=3 cannot cut --batch 4 into 3 equal parts"),
+        (["--mesh", "width=3"], "--mesh width=3 cannot cut --patch 32"),
         (["--colour", "red"], "unrecognized arguments"), (["--out", "/dev/null/x"], "/dev/null"),
     ],
     ids=str,
@@ -203,6 +207,13 @@ def test_a_wrong_argument_gives_one_line(arguments, message, tmp_path, capsys, m
     assert status == 2
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_a_mesh_needs_devices() -> None:
+    count = len(jax.devices())
+    settings = Settings(data="", batch=2 * count, mesh=f"data={2 * count}")
+    with pytest.raises(DataError, match=f"--mesh data={2 * count} needs {2 * count} devices, and there are {count}"):
+        Devices(settings)
 
 
 @pytest.mark.slow

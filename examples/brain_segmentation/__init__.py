@@ -8,6 +8,7 @@ data.py         the MNI152 brain, or a user's NIfTI files; the front/back split
 patches.py      patches by (seed, step); augmentation
 model.py        the network
 train.py        state and step: loss, mixed precision, clipping, schedule, accumulation, moving average
+devices.py      a mesh of devices: batches and patches cut over it
 loop.py         steps, evaluations, saves; stopping and going on
 checkpoints.py  orbax: asynchronous, the best and the last few, proved when read
 logs.py         CSV and TensorBoard

@@ -9,7 +9,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from examples.brain_segmentation import report
+from examples.brain_segmentation import devices, report
 from examples.brain_segmentation.checkpoints import CheckpointError, DamagedError
 from examples.brain_segmentation.data import DataError, Subject, load_files, load_mni152
 from examples.brain_segmentation.evaluate import score, segment
@@ -99,6 +99,11 @@ def _training_arguments(p: argparse._ArgumentGroup) -> None:
         "--precision", choices=PRECISIONS, default=default.precision, help="of the computation; parameters are float32"
     )
     p.add_argument("--no-augmentation", action="store_true", help="learn from the patches as they are")
+    p.add_argument(
+        "--mesh", type=devices.mesh_value, default=default.mesh, metavar="NAME=SIZE,...",
+        help=f"devices to train on, by {', '.join(devices.AXES)}: data=2,depth=2, say, cuts batches and patches in "
+        "two; a CPU stands for as many as are asked for",
+    )  # fmt: skip
     p.add_argument("--seed", type=seed_value, default=default.seed, help="of parameters, patches and augmentation")
 
 
@@ -146,6 +151,8 @@ def run(args: argparse.Namespace) -> int:
             f"--steps {args.steps} with --accumulate {args.accumulate} makes one update, at the learning rate 0 that "
             "the warm-up begins with: nothing would be learnt"
         )
+    devices.check(args.mesh, args.batch, args.patch)
+    devices.ask_for(args.mesh)
     args.out.mkdir(parents=True, exist_ok=True)
     subject = load_files(*args.data) if args.data else load_mni152()
     if subject.split.test >= subject.image.shape[1]:

@@ -13,12 +13,14 @@ import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from examples.brain_segmentation.checkpoints import FOLDER, Checkpoints
 from examples.brain_segmentation.data import Subject
+from examples.brain_segmentation.devices import Devices
 from examples.brain_segmentation.evaluate import evaluate
 from examples.brain_segmentation.logs import LOSSES, Logs, series
 from examples.brain_segmentation.model import UNet
@@ -86,9 +88,10 @@ def train(subject: Subject, settings: Settings, folder: pathlib.Path, stop: Stop
       CheckpointError: a checkpoint that cannot be written, on a full disk for instance.
     """
     sampler = PatchSampler(subject, settings.patch, settings.batch, settings.seed)  # before anything is moved
+    devices = Devices(settings)
     _prepare(folder, settings, resume)
     model = make_model(len(subject.names), settings)
-    state = initial_state(model, settings)
+    state = devices.everywhere(initial_state(model, settings))
     with Checkpoints(folder, settings.keep, state) as checkpoints:
         done = checkpoints.latest() or 0
         state = checkpoints.restore(done) if done else state
@@ -99,11 +102,11 @@ def train(subject: Subject, settings: Settings, folder: pathlib.Path, stop: Stop
             every = range(settings.evaluate_every, done + 1, settings.evaluate_every)
             logs.losses.check(range(1, done + 1))
             logs.scores.check(sorted({*every, *([done] if done == settings.steps else [])}))
-            run = _Run(subject, settings, sampler, model, checkpoints, logs, stop)
+            run = _Run(subject, settings, devices, sampler, model, checkpoints, logs, stop)
             if done < settings.steps:
                 state = run.go_on(state)
         best = checkpoints.best()
-        params = state.average if best is None else checkpoints.restore(best).average
+        params = jax.device_get(state.average if best is None else checkpoints.restore(best).average)
     losses = series(folder / LOSSES)["loss"]
     per_step = statistics.median(run.seconds) if run.seconds else math.nan
     return Trained(
@@ -131,6 +134,7 @@ class _Run:
 
     subject: Subject
     settings: Settings
+    devices: Devices
     sampler: PatchSampler
     model: UNet
     checkpoints: Checkpoints
@@ -142,16 +146,16 @@ class _Run:
 
     def go_on(self, state: State) -> State:
         """The steps that are left; the state after them, which is saved."""
-        settings, sampler, saved, done = self.settings, self.sampler, True, int(state.step)
+        settings, saved, done = self.settings, True, int(state.step)
         started = time.perf_counter()
-        step = jax.jit(make_step(self.model, settings)).lower(state, *sampler(done)).compile()
+        step = jax.jit(make_step(self.model, settings)).lower(state, *self._batch(done)).compile()
         self.compile_seconds = time.perf_counter() - started
         with tqdm(
             desc=settings.upsampling, total=settings.steps, initial=done, unit="step", dynamic_ncols=True
         ) as progress:
             while done < settings.steps and not self.stop.requested:
                 started = time.perf_counter()
-                new, metrics = step(state, *sampler(done))
+                new, metrics = step(state, *self._batch(done))
                 loss = float(metrics.loss)
                 self.seconds.append(time.perf_counter() - started)
                 self._check(new, metrics, done)
@@ -162,6 +166,9 @@ class _Run:
         if not saved:  # stopped
             self._save(state, done, None)
         return state
+
+    def _batch(self, index: int) -> tuple[Any, ...]:
+        return self.devices.cut(*self.sampler(index))
 
     def _check(self, state: State, metrics: Metrics, index: int) -> None:
         """A loss that is no number ends the run before it is in anything that is kept.
@@ -188,7 +195,7 @@ class _Run:
         logs.write(logs.losses, done, [float(value) for value in values])
         logs.write(logs.times, done, [self.seconds[-1]])
         if done % settings.evaluate_every == 0 or done == settings.steps:
-            scores = evaluate(self.model, state.average, self.subject)
+            scores = evaluate(self.model, jax.device_get(state.average), self.subject)  # on one device
             logs.write(logs.scores, done, [*scores.validation[1:], *scores.held_out[1:]])
             score = self.dice = scores.choice
         if score is None and done % settings.checkpoint_every != 0:

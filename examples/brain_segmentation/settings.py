@@ -1,4 +1,7 @@
-"""What a run does, all of it: the same settings, data and machine give the same bits."""
+"""What a run does, all of it: the same settings, data and machine give the same bits.
+
+Another mesh of devices gives the same numbers to rounding.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,7 @@ class Settings:
     precision: str = "float32"
     augment: bool = True
     seed: int = 0
+    mesh: str = ""
     evaluate_every: int = 50
     checkpoint_every: int = 50
     keep: int = 3
