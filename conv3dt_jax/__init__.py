@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from conv3dt_jax import initializers
 from conv3dt_jax._explain import Explanation, explain
+from conv3dt_jax._mesh_plan import MeshPlan
 from conv3dt_jax._parameters import apply, init
 from conv3dt_jax._placement import MeshAxes
 from conv3dt_jax._sharded import Sharded, sharded
@@ -37,6 +38,7 @@ __all__ = [
     "Convolution3DTranspose",
     "Explanation",
     "MeshAxes",
+    "MeshPlan",
     "Sharded",
     "apply",
     "constrain",

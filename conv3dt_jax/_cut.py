@@ -61,9 +61,8 @@ class Cut:
     def typed(self, role: str, form: Any, shape: tuple[int, ...]) -> NamedSharding:
         """What types can say of it: a dimension that its axes do not divide is whole."""
         whole = self.sharding(role, form)
-        entries = [
-            None if size % self.shards(_names(entry)) else entry for entry, size in zip(whole.spec, shape, strict=True)
-        ]
+        missing = self.missing(role, form, shape)
+        entries = [None if count else entry for entry, count in zip(whole.spec, missing, strict=True)]
         return whole.update(spec=PartitionSpec(*entries))
 
     def placed(self, array: jax.Array, role: str, form: Any) -> jax.Array:
@@ -72,9 +71,13 @@ class Cut:
             return jax.sharding.reshard(array, self.typed(role, form, array.shape))
         return lax.with_sharding_constraint(array, self.sharding(role, form))
 
+    def counts(self, role: str, form: Any) -> list[int]:
+        """Over how many devices each dimension is cut."""
+        return [self.shards(_names(entry)) for entry in self.spec(role, form)]
+
     def missing(self, role: str, form: Any, shape: tuple[int, ...]) -> list[int]:
         """How many elements more each dimension needs so that its axes divide it."""
-        return [-size % self.shards(_names(entry)) for size, entry in zip(shape, self.spec(role, form), strict=True)]
+        return [-size % count for size, count in zip(shape, self.counts(role, form), strict=True)]
 
     @property
     def is_explicit(self) -> bool:

@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from conv3dt_jax import _arguments as args
 from conv3dt_jax import _choice, _operands
 from conv3dt_jax._convolution_spec import check_spec
-from conv3dt_jax._operation import read
-from conv3dt_jax._primitives import Form
+from conv3dt_jax._mesh_plan import MeshPlan, plan_over_mesh
+from conv3dt_jax._operation import opened, read
+from conv3dt_jax._placement import MeshAxes, Placement, mesh_axes_of
+from conv3dt_jax._plans import Plan, plan_of, size_text
 from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
-from conv3dt_jax.lowerings import LOWERINGS
-from conv3dt_jax.lowerings._work import GRADIENTS, Call
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How one platform computes the result, or both gradients.
-
-    ``lowering`` names two where the gradients are computed apart and differently. ``multiply_adds`` are those made,
-    zeros included; ``temporary_bytes`` an estimate of the most held at a time beside operands and results (on a CPU;
-    accelerators choose for themselves).
-    """
-
-    lowering: str
-    reason: str
-    multiply_adds: int
-    temporary_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +27,7 @@ class Explanation:
     """What `explain` returns; ``print`` shows it as a table.
 
     ``multiply_adds`` are those of the definition: every input, tap, channel and filter once, before cropping.
-    ``forward`` and ``gradients`` hold a `Plan` for each platform.
+    ``forward`` and ``gradients`` hold a `Plan` for each platform; ``mesh`` is None without one.
 
     Example:
       >>> import conv3dt_jax as c3t
@@ -64,6 +49,7 @@ class Explanation:
     output_bytes: int
     forward: dict[str, Plan]
     gradients: dict[str, Plan]
+    mesh: MeshPlan | None = None
 
     def __str__(self) -> str:
         rows = [
@@ -78,7 +64,7 @@ class Explanation:
                     f"{platform:5s} {title}: {plan.lowering}, {plan.multiply_adds:,} multiply-adds, "
                     f"about {size_text(plan.temporary_bytes)} of temporaries; {plan.reason}"
                 )
-        return "\n".join(rows)
+        return "\n".join(rows if self.mesh is None else [*rows, str(self.mesh)])
 
 
 def explain(
@@ -88,6 +74,8 @@ def explain(
     dtype: DTypeLike = jnp.float32,
     output_size: Sequence[int] | None = None,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    mesh: Mesh | AbstractMesh | None = None,
+    mesh_axes: MeshAxes | Mapping[str, Any] | None = None,
 ) -> Explanation:
     """Prints and returns what `apply` would do with inputs of this shape: sizes, lowering and why, work and memory.
 
@@ -97,13 +85,17 @@ def explain(
       dtype: of the inputs and the kernel.
       output_size: as in `apply`.
       platforms: of "cpu", "cuda", "rocm" and "tpu".
+      mesh: of devices, which need not be there: a `jax.sharding.AbstractMesh` does as well.
+      mesh_axes: over which of its axes the dimensions are cut, as in `sharded`: a `MeshAxes`, or a dict such as
+        ``{"batch": "data", "depth": "z"}``.
 
     Returns:
       An `Explanation`: output shape, multiply-adds, bytes, and for every platform the lowering of the result and of
-      both gradients with its reason, its multiply-adds and its temporaries.
+      both gradients with its reason, its multiply-adds and its temporaries. With a mesh, its ``mesh`` is a `MeshPlan`:
+      the shapes that a device holds, what it computes and holds at most, and the bytes that cross each link in a step.
 
     Raises:
-      TypeError, ValueError: as `apply` does; an unknown platform.
+      TypeError, ValueError: as `apply` and `sharded` do; an unknown platform; one of ``mesh`` and ``mesh_axes`` alone.
 
     Example:
       >>> import conv3dt_jax as c3t
@@ -117,6 +109,17 @@ def explain(
       cpu   both gradients: phases, 24,576 multiply-adds, about 33.5 KiB of temporaries; one gathering ...
       >>> plan.forward["cpu"].lowering
       'matmul'
+
+      4096 devices that nobody has here:
+
+      >>> from jax.sharding import AbstractMesh
+      >>> mesh, axes = AbstractMesh((16, 16, 16), ("x", "y", "z")), {"depth": "x", "height": "y", "width": "z"}
+      >>> spec = c3t.Conv3DTransposeSpec(filters=16, kernel_size=3, strides=2, padding="same")
+      >>> plan = c3t.explain((1, 2048, 2048, 2048, 32), spec, platforms=["tpu"], mesh=mesh, mesh_axes=axes)
+      inputs  (1, 2048, 2048, 2048, 32) float32, 1024.0 GiB
+      ...
+      >>> plan.mesh.output_shape, plan.mesh.link_bytes[("x",)]
+      ((1, 256, 256, 256, 16), 6537344)
     """
     check_spec(spec)
     for platform in platforms:
@@ -132,6 +135,11 @@ def explain(
     forward, backward = (["outputs"], ["gradients"]) if reading.outputs else (["inputs"], ["outputs", "kernel"])
     batch = math.prod(batch_dims)
     output_shape = spec.output_shape(shape, output_size)
+    over_mesh = None
+    if (placement := _placement_of(mesh, mesh_axes)) is not None:
+        opened_axes, _ = opened(geometry)
+        opened_reading = read(spec, opened_axes, channels, operand.dtype, sums, result)
+        over_mesh = plan_over_mesh(placement, spec, opened_reading, batch, channels, platforms)
     explanation = Explanation(
         input_shape=shape,
         kernel_shape=kernel_shape,
@@ -143,35 +151,15 @@ def explain(
         output_bytes=math.prod(output_shape) * result.itemsize,
         forward={platform: plan_of(forward, platform, reading.form, batch) for platform in platforms},
         gradients={platform: plan_of(backward, platform, reading.form, batch) for platform in platforms},
+        mesh=over_mesh,
     )
     print(explanation)
     return explanation
 
 
-def plan_of(kinds: Sequence[str], platform: str, whole: Form, batch: int) -> Plan:
-    """The plan for primitives that are computed one after the other."""
-    if batch == 0 or any(axis.is_empty for axis in whole.geometry):
-        return Plan("none", "the result is empty, or zeros and bias", 0, 0)
-    plans = []
-    for kind, form in itertools.chain.from_iterable(_choice.steps(kind, platform, whole) for kind in kinds):
-        call = Call.of(form, batch, _choice.room_for(platform, form, batch))
-        if form.implementation == "auto":
-            name, reason = _choice.decide(kind, platform, form, batch)
-        else:
-            name, reason = form.implementation, "named by `implementation`"
-        work: Any = LOWERINGS[name].work(call, gradients=GRADIENTS[kind])
-        plans.append(Plan(name, reason, work.multiply_adds, work.temporary_bytes))
-    return Plan(
-        lowering=" and ".join(dict.fromkeys(plan.lowering for plan in plans)),
-        reason="; ".join(dict.fromkeys(plan.reason for plan in plans)),
-        multiply_adds=sum(plan.multiply_adds for plan in plans),
-        temporary_bytes=max(plan.temporary_bytes for plan in plans),
-    )
-
-
-def size_text(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.1f} {unit}" if unit != "B" else f"{size} B"
-        size /= 1024
-    return f"{size:.1f} GiB"
+def _placement_of(mesh: Any, axes: Any) -> Placement | None:
+    found = mesh_axes_of(axes)
+    if (mesh is None) != (found is None):
+        given, missing = ("mesh", "mesh_axes") if found is None else ("mesh_axes", "mesh")
+        raise ValueError(f"`{given}` is given without `{missing}`; give both, or none.")
+    return None if found is None else Placement(mesh, found)

@@ -134,7 +134,7 @@ def configure(layer: Any, kind: Kind) -> LayerConfig:
         batch_input_shape=batch_input_shape,
         trainable=args.boolean("trainable", layer.trainable),
         weights=None if layer.weights is None else GivenWeights.of(layer.weights, spec, param_dtype),
-        mesh_axes=_placement.mesh_axes(layer.mesh_axes),
+        mesh_axes=_placement.mesh_axes_of(layer.mesh_axes),
     )
 
 

@@ -84,7 +84,7 @@ class MeshAxes:
         return MeshAxes(**found)
 
 
-def mesh_axes(value: Any) -> MeshAxes | None:
+def mesh_axes_of(value: Any) -> MeshAxes | None:
     """The argument ``mesh_axes``: a `MeshAxes`, or a mapping of dimensions to names."""
     if value is None or isinstance(value, MeshAxes):
         return value

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 
 from conv3dt_jax import _arguments as args
-from conv3dt_jax._explain import plan_of, size_text
 from conv3dt_jax._geometry import AXIS_NAMES
 from conv3dt_jax._operation import Reading
+from conv3dt_jax._plans import plan_of, size_text
 from conv3dt_jax._primitives import Form
 from conv3dt_jax._slabs import WHOLE, lines, part_of
 

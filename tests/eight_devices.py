@@ -45,12 +45,13 @@ def put(on, *arrays):
 def collectives(compiled) -> dict[str, list[tuple[int, ...]]]:
     """The shapes of what travels, by kind."""
     found = re.findall(
-        r"= \w+\[([\d,]*)\]\S* (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)\(",
+        r"= (\(.*?\)|\S+) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(",
         compiled.as_text(),
     )
     kinds: dict[str, list[tuple[int, ...]]] = {}
-    for shape, kind in found:
-        kinds.setdefault(kind, []).append(tuple(int(size) for size in shape.split(",") if size))
+    for arrays, kind in found:  # one, or several in a tuple
+        for shape in re.findall(r"\w+\[([\d,]*)\]", arrays):
+            kinds.setdefault(kind, []).append(tuple(int(size) for size in shape.split(",") if size))
     return kinds
 
 
