@@ -119,7 +119,7 @@ def explain(
       inputs  (1, 2048, 2048, 2048, 32) float32, 1024.0 GiB
       ...
       >>> plan.mesh.output_shape, plan.mesh.link_bytes[("x",)]
-      ((1, 256, 256, 256, 16), 6537344)
+      ((1, 256, 256, 256, 16), 4194304)
     """
     check_spec(spec)
     for platform in platforms:

@@ -199,11 +199,16 @@ class Placement:
         """A halo comes from the next neighbour alone."""
         shards = Cut(self.mesh).shards(names)
         sizes = (axis.n, axis.out)
-        if shards == 1:
+        size = axis.n if outputs else axis.out
+        if shards == 1 or axis.is_empty:
             return
         if any(export.is_symbolic_dim(size) for size in sizes):
-            raise ValueError(f"`{name}={names}` cuts an axis of symbolic size, {sizes[not outputs]}; give it a number.")
-        size = axis.n if outputs else axis.out
+            raise ValueError(f"`{name}={names}` cuts an axis of symbolic size, {size}; give it a number.")
+        if shards > size:
+            raise ValueError(
+                f"{args.received(name, names)} cuts {size} elements of the inputs' {name} over {shards} devices; give "
+                f"it at most {size}."
+            )
         piece, reach = -(-size // shards), halo(axis, outputs)
         if reach > piece:
             most = size // reach

@@ -75,7 +75,7 @@ def part_of(kind: str, form: Any, cut: Cut) -> tuple[Any, Lines]:
     """The form of what one device computes, and its cut axes."""
     line = _line_of_inputs if GRADIENTS[kind] else _line_of_outputs
     depth, height, width = (
-        line(axis, names, cut.shards(names)) if names else None
+        line(axis, names, cut.shards(names)) if cut.shards(names) > 1 else None
         for axis, names in zip(form.geometry, cut.space, strict=True)
     )
     lines = (depth, height, width)

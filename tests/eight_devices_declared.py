@@ -110,12 +110,12 @@ def test_arrays_whose_types_say_how_they_are_cut(name) -> None:
         assert jax.typeof(gradient).sharding == jax.typeof(operand).sharding
 
 
-def reaches_too_far(run, *operands):
-    """Whether `sharded` says so."""
+def is_refused(run, *operands):
+    """Whether a kernel reaches too far, or an axis is too short."""
     try:
         jax.eval_shape(run, *operands)
     except ValueError as error:
-        return "reaches" in str(error)
+        return "reaches" in str(error) or "give it at most" in str(error)
     return False
 
 
@@ -132,7 +132,7 @@ def test_any_operation_may_be_cut_anywhere(problem, axes, dims) -> None:
 
     with jax.enable_x64(True):
         compiled = jax.jit(train, static_argnums=0, compiler_options=QUICK)
-        if reaches_too_far(run, move(x), w, b):
+        if is_refused(run, move(x), w, b):
             run = c3t.sharded(run.mesh, spec, batch=("a", "b"))
         y, dx, dw, db = compiled(run, move(x), w, b, move(ct))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
@@ -261,6 +261,12 @@ ERRORS = {
         "cuts 8 elements of the inputs' depth over 8 devices, 1 each, but the kernel reaches 2 into the neighbours'; "
         "cut it over 4 at most"),
 }  # fmt: skip
+
+
+def test_more_devices_than_elements_are_refused() -> None:
+    x, w, b = operands(T(3, 1, "same"), (4, 4, 4))
+    with pytest.raises(ValueError, match="cuts 4 elements of the inputs' width over 8 devices; give it at most 4"):
+        c3t.sharded(mesh((8,)), T(3, 1, "same"), width="a")(x, w, b)
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -1,12 +1,17 @@
 """`explain` tells the truth: against what is lowered, and against XLA's own analyses."""
 
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh
 
 import conv3dt_jax as c3t
+from benchmarks import planning
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 FLOPS_FACTOR, BYTES_FACTOR = 2.0, 3.5
 """XLA also counts additions that lay out the products; it shares buffers as it can, and copies where it must."""
@@ -112,3 +117,44 @@ def test_gradients_by_two_lowerings_are_named_both() -> None:
     plan = c3t.explain((1, 32, 32, 32, 1), spec, platforms=["cpu"]).gradients["cpu"]
     assert plan.lowering == "matmul and phases"
     assert plan.reason.count("; ") == 1
+
+
+def test_the_table_of_meshes_is_what_is_computed() -> None:
+    assert (ROOT / "benchmarks/results/planning.md").read_text() == planning.report()
+    shown = [line for line in planning.report().splitlines() if "^3 |" in line]
+    readme = (ROOT / "README.md").read_text()
+    assert len(shown) == 20
+    assert sum(line in readme for line in shown) >= 8
+
+
+@pytest.mark.parametrize(("mesh", "axes"), [(AbstractMesh((2,), ("x",)), None), (None, {"depth": "x"})])
+def test_a_mesh_and_its_axes_belong_together(mesh, axes) -> None:
+    with pytest.raises(ValueError, match=r"`mesh\w*` is given without `mesh\w*`"):
+        c3t.explain((1, 8, 8, 8, 2), c3t.Conv3DTransposeSpec(2, 3), mesh=mesh, mesh_axes=axes)
+
+
+def test_halos_of_a_mesh_by_hand(capsys) -> None:
+    spec = c3t.Conv3DTransposeSpec(2, 4, 2, padding=1)
+    mesh, axes = AbstractMesh((2, 4, 2), ("n", "z", "m")), {"batch": "n", "depth": "z", "channels": "m"}
+    plan = c3t.explain((4, 16, 6, 6, 8), spec, platforms=["cpu"], mesh=mesh, mesh_axes=axes).mesh
+    assert (plan.input_shape, plan.kernel_shape, plan.output_shape) == (
+        (2, 4, 6, 6, 4),
+        (4, 4, 4, 2, 4),
+        (2, 8, 12, 12, 2),
+    )
+    halo, outputs, ct = 2 * 6 * 6 * 4 * 4, 2 * 8 * 12 * 12 * 2 * 4, 2 * 12 * 12 * 2 * 4
+    assert [(e.kind, e.what, e.axes, e.distance, e.bytes) for e in plan.result_exchanges] == [
+        ("collective-permute", "depth", ("z",), -1, halo),
+        ("collective-permute", "depth", ("z",), 1, halo),
+        ("all-reduce", "outputs", ("m",), 0, outputs),
+    ]
+    kernel = 4 * 4 * 4 * 2 * 4 * 4
+    assert [(e.kind, e.what, e.axes, e.distance, e.bytes) for e in plan.gradient_exchanges] == [
+        ("collective-permute", "depth", ("z",), -1, ct),
+        ("collective-permute", "depth", ("z",), 1, ct),
+        ("all-reduce", "kernel", ("n", "z"), 0, kernel),
+        ("all-reduce", "bias", ("n", "z"), 0, 8),
+    ]
+    assert plan.link_bytes == {("z",): halo + ct, ("m",): outputs, ("n", "z"): 2 * 7 * kernel // 8 + 2 * 7}
+    assert plan.forward["cpu"].multiply_adds >= 2 * 4 * 6 * 6 * 4 * 2 * 64
+    assert "      result: halo of depth from +1 along 'z', 1.1 KiB" in capsys.readouterr().out
