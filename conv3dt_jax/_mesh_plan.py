@@ -135,7 +135,7 @@ def plan_over_mesh(
     placement: Placement, spec: ConvolutionSpec, reading: Any, batch: int, channels: int, platforms: Sequence[str]
 ) -> MeshPlan:
     """The plan for one step of training: the result, then both gradients of it."""
-    form, cut = reading.form, placement.cut(spec, channels, reading)
+    form, cut = reading.form, placement.cut(spec, (batch,), channels, reading)
     forward, backward = (["outputs"], ["gradients"]) if reading.outputs else (["inputs"], ["outputs", "kernel"])
     empty = batch == 0 or any(axis.is_empty for axis in form.geometry)
     exchanges = [

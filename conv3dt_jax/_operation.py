@@ -96,9 +96,9 @@ def run(
     sums, result = _operands.result_dtypes(spec, inputs, kernel)
     cut = None
     if placement is not None:
-        _, _, channels = spec.split_shape(inputs.shape)
+        batch, _, channels = spec.split_shape(inputs.shape)
         axes, _ = opened(geometry)
-        cut = placement.cut(spec, channels, read(spec, axes, channels, inputs.dtype, sums, result))
+        cut = placement.cut(spec, batch, channels, read(spec, axes, channels, inputs.dtype, sums, result))
     return _compute(
         inputs,
         kernel,

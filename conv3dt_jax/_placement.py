@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -139,9 +139,11 @@ class Placement:
                         "over these, or make a mesh with axes of one type."
                     )
 
-    def cut(self, spec: ConvolutionSpec, channels: int, reading: Any) -> Cut:
+    def cut(self, spec: ConvolutionSpec, batch: Sequence[Any], channels: int, reading: Any) -> Cut:
         """How the form of an operation is cut."""
         self._check_features(spec, channels)
+        if self.shards("batch") > 1 and any(export.is_symbolic_dim(size) for size in batch):
+            raise ValueError(f"{self._received('batch')} cuts a batch of symbolic size, {batch}; give it a number.")
         space = tuple(self.axes.names(name) for name in AXIS_NAMES)
         for name, axis, names in zip(AXIS_NAMES, reading.form.geometry, space, strict=True):
             self._check_axis(name, axis, names, reading.outputs)
@@ -178,20 +180,23 @@ class Placement:
         """The number of devices of an entry of a `PartitionSpec`."""
         return Cut(self.mesh).shards(_axis_names("entry", entry))
 
+    def _received(self, dimension: str) -> str:
+        return args.received(dimension, getattr(self.axes, dimension))
+
     def _check_features(self, spec: ConvolutionSpec, channels: int) -> None:
         sizes = {"groups": spec.groups, "channels": channels, "filters": spec.filters}
         if spec.groups > 1:
             for dimension in ("channels", "filters"):
-                if names := self.axes.names(dimension):
+                if self.axes.names(dimension):
                     raise ValueError(
-                        f"{args.received(dimension, names)} cuts one of {spec.groups} groups; give `groups` instead, "
+                        f"{self._received(dimension)} cuts one of {spec.groups} groups; give `groups` instead, "
                         "which cuts channels and filters where groups end."
                     )
         for dimension, size in sizes.items():
             shards = self.shards(dimension)
             if size % shards:
                 raise ValueError(
-                    f"{args.received(dimension, self.axes.names(dimension))} cuts {size} {dimension} over {shards} "
+                    f"{self._received(dimension)} cuts {size} {dimension} over {shards} "
                     "devices, which do not divide them; use a mesh axis of a size that does."
                 )
 
@@ -203,10 +208,10 @@ class Placement:
         if shards == 1 or axis.is_empty:
             return
         if any(export.is_symbolic_dim(size) for size in sizes):
-            raise ValueError(f"`{name}={names}` cuts an axis of symbolic size, {size}; give it a number.")
+            raise ValueError(f"{self._received(name)} cuts an axis of symbolic size, {size}; give it a number.")
         if shards > size:
             raise ValueError(
-                f"{args.received(name, names)} cuts {size} elements of the inputs' {name} over {shards} devices; give "
+                f"{self._received(name)} cuts {size} elements of the inputs' {name} over {shards} devices; give "
                 f"it at most {size}."
             )
         piece, reach = -(-size // shards), halo(axis, outputs)
@@ -214,7 +219,7 @@ class Placement:
             most = size // reach
             advice = f"cut it over {most} at most" if most > 1 else "leave it whole"
             raise ValueError(
-                f"{args.received(name, names)} cuts {size} elements of the inputs' {name} over {shards} devices, "
+                f"{self._received(name)} cuts {size} elements of the inputs' {name} over {shards} devices, "
                 f"{piece} each, but the kernel reaches {reach} into the neighbours'; {advice}."
             )
 

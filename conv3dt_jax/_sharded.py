@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from conv3dt_jax import _operands
@@ -77,16 +77,20 @@ class Sharded:
         return run(inputs, kernel, bias, self.spec, output_size, placement=self._placement)
 
     def _moved(self, name: str, value: Any) -> Any:
-        """Where it is an array outside of programs, on its devices, piece by piece, if its sizes divide."""
-        sharding = self.sharding(name)
+        """An array outside of programs, on its devices: piece by piece where its sizes divide, else whole."""
         if isinstance(value, jax.core.Tracer) or not isinstance(self.mesh, Mesh) or not hasattr(value, "shape"):
             return value
-        entries = (*sharding.spec, *[None] * len(value.shape))
-        if len(value.shape) != len(sharding.spec) or any(
-            size % self._placement.over(entry) for size, entry in zip(value.shape, entries, strict=False)
-        ):
-            return value
-        return jax.device_put(value, sharding)
+        spec = self.sharding(name).spec
+        more = len(value.shape) - len(spec)
+        if more < 0:  # no axis of batch
+            spec = spec[-more:]
+        elif more > 0:
+            spec = (spec[0], *[None] * more, *spec[1:])
+        entries = [
+            entry if size % self._placement.over(entry) == 0 else None
+            for entry, size in zip(spec, value.shape, strict=True)
+        ]
+        return jax.device_put(value, NamedSharding(self.mesh, PartitionSpec(*entries)))
 
 
 def sharded(
