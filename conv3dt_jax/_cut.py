@@ -109,10 +109,13 @@ def agreed(kind: str, form: Any, mesh: Any, specs: dict[str, PartitionSpec]) -> 
         used.update(found)
         return found
 
-    outer = "y" if ("y" in specs and kind != "inputs") or "x" not in specs else "x"  # the larger one, or the result
-    first = 2 if outer == "y" and form.channels_first else 1
-    batch = names(outer, 0)
-    depth, height, width = names(outer, first), names(outer, first + 1), names(outer, first + 2)
+    # Batch and space are cut as the result is, or the larger array; else as the other, for what is whole is cut freely.
+    sides = ("x", "y") if kind == "inputs" else ("y", "x")
+    first = {"x": 1, "y": 2 if form.channels_first else 1}
+    batch = names(sides[0], 0) or names(sides[1], 0)
+    depth, height, width = (
+        names(sides[0], first[sides[0]] + i) or names(sides[1], first[sides[1]] + i) for i in range(3)
+    )  # fmt: skip
     space = (depth, height, width)
     filters_dim = 1 if form.channels_first else 4
     if form.groups > 1:

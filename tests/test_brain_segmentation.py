@@ -113,6 +113,7 @@ def test_scores_are_of_the_slices_that_were_not_trained_on(brain: Subject) -> No
     assert scores.choice == 1
 
 
+@pytest.mark.slow
 def test_own_files_give_every_output_on_their_own_grid(files, tmp_path, capsys) -> None:
     out = tmp_path / "results" / "deep"
     assert run(files, out) == 0

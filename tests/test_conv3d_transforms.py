@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 # With and without strides: the two ways in which it is computed.
 CHOSEN = ["unstrided", "strided", "groups", "circular"]
 by_call = pytest.mark.parametrize("call", CHOSEN)
-by_implementation = pytest.mark.parametrize("implementation", ["auto", "dilated", "matmul"])
+COMBINED = [*(("auto", call) for call in CHOSEN), ("dilated", "strided"), ("dilated", "circular"), ("matmul", "groups")]
+by_both = pytest.mark.parametrize(("implementation", "call"), COMBINED)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11)
 
 
@@ -43,8 +44,7 @@ def test_eager_and_jit_agree(call) -> None:
         close(run(*operands), reference(*operands))
 
 
-@by_call
-@by_implementation
+@by_both
 def test_jvp_is_the_product_rule(call, implementation) -> None:
     (x, w, b), run, reference, _ = prepared(call, implementation)
     dx, dw, db = others((x, w, b))
@@ -53,8 +53,7 @@ def test_jvp_is_the_product_rule(call, implementation) -> None:
         close(dy, reference(dx_, w) + reference(x, dw_, db))
 
 
-@by_call
-@by_implementation
+@by_both
 def test_gradients_of_second_order(call, implementation) -> None:
     """Of ``|conv(x, w)|^2 / 2``: the Hessian applied to a direction, by the oracle's linear maps alone."""
     (x, w, _), run, reference, vjp = prepared(call, implementation)
@@ -120,8 +119,7 @@ def test_checkpoint_scan_and_empty_batches(call) -> None:
     assert not jax.grad(lambda w: run(x[:0], w, b).sum())(w).any()
 
 
-@by_call
-@by_implementation
+@by_both
 def test_one_exported_module_serves_every_platform_and_batch(call, implementation) -> None:
     (x, w, b), run, reference, vjp = prepared(call, implementation)
     (n,) = export.symbolic_shape("n")

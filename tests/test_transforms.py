@@ -13,12 +13,18 @@ import conv3dt_jax as c3t
 from tests import oracle
 from tests.cases import CASES
 from tests.helpers import quick_jit
-from tests.test_lowerings import by_implementation
+from tests.test_lowerings import IMPLEMENTATIONS, by_implementation
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 
 CHOSEN = [case for case in CASES if case.name in ("stride_below_kernel", "groups", "circular", "stride_equals_kernel")]
-by_case = pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.name)
+# "auto" has every case; the rules of the primitives are the same for a lowering that is named, which has two.
+COMBINED = [("auto", case) for case in CHOSEN] + [
+    (name, CHOSEN[(i + j) % 4]) for i, name in enumerate(IMPLEMENTATIONS) if name != "auto" for j in (0, 2)
+]
+by_both = pytest.mark.parametrize(
+    ("implementation", "case"), COMBINED, ids=[f"{name}-{case.name}" for name, case in COMBINED]
+)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11)
 
 
@@ -34,8 +40,7 @@ def reference(case, x, w, b=None):
     return oracle.conv3d_transpose(np.asarray(x), np.asarray(w), None if b is None else np.asarray(b), **case.kwargs)
 
 
-@by_case
-@by_implementation
+@by_both
 def test_jit_and_eager_agree(implementation, case) -> None:
     x, w, b = operands(case)
     close(jax.jit(convolve(implementation, case))(x, w, b), reference(case, x, w, b))
@@ -43,8 +48,7 @@ def test_jit_and_eager_agree(implementation, case) -> None:
         close(convolve(implementation, case)(x, w, b), reference(case, x, w, b))
 
 
-@by_case
-@by_implementation
+@by_both
 def test_jvp_is_the_product_rule(implementation, case) -> None:
     (x, w, b), (dx, dw, db) = operands(case), operands(case, seed=1)
     y, dy = jax.jvp(convolve(implementation, case), (x, w, b), (dx, dw, db))
@@ -52,8 +56,7 @@ def test_jvp_is_the_product_rule(implementation, case) -> None:
     close(dy, reference(case, dx, w) + reference(case, x, dw, db))
 
 
-@by_case
-@by_implementation
+@by_both
 def test_grad_is_the_adjoint(implementation, case) -> None:
     x, w, b = operands(case)
     ct = np.random.default_rng(2).normal(size=reference(case, x, w).shape)
@@ -65,8 +68,7 @@ def test_grad_is_the_adjoint(implementation, case) -> None:
     close(gb, ct.sum((0, 1, 2, 3)))
 
 
-@by_case
-@by_implementation
+@by_both
 def test_hessian_of_a_square_is_twice_its_gram_matrix(implementation, case) -> None:
     """For ``|A(w)|^2 / 2`` the Hessian in ``w`` is ``A^T A``, with A's columns from the oracle; mixed terms likewise."""
     x, w, _ = operands(case)
@@ -89,8 +91,7 @@ def test_third_derivatives(implementation) -> None:
     close(third, 6 * 3 * 2.0 * 3.0**2)
 
 
-@by_case
-@by_implementation
+@by_both
 @pytest.mark.parametrize("mapped", ["inputs", "kernel", "both", "bias", "nested"])
 def test_vmap(implementation, case, mapped) -> None:
     x, w, b = operands(case)
@@ -110,8 +111,7 @@ def test_vmap(implementation, case, mapped) -> None:
         close(table[1, 0], reference(case, x2, w, b))
 
 
-@by_case
-@by_implementation
+@by_both
 def test_gradients_under_vmap_are_per_example_gradients(implementation, case) -> None:
     x, w, _ = operands(case)
     loss = lambda w, x: (convolve(implementation, case)(x, w) ** 2).sum()
@@ -121,8 +121,7 @@ def test_gradients_under_vmap_are_per_example_gradients(implementation, case) ->
         close(per_example[i], oracle.vjp(x[i : i + 1], w, 2 * y, **case.kwargs)[1])
 
 
-@by_case
-@by_implementation
+@by_both
 def test_checkpoint_keeps_values_and_gradients(implementation, case) -> None:
     x, w, b = operands(case)
     loss = lambda x, w: jnp.sin(jax.checkpoint(convolve(implementation, case))(x, w, b)).sum()
@@ -155,16 +154,14 @@ def test_scan_over_layers(implementation) -> None:
         close(gradient[i], want, rtol=1e-9, atol=1e-9)
 
 
-@by_case
-@by_implementation
+@by_both
 def test_eval_shape_needs_no_values(implementation, case) -> None:
     x, w, b = (jax.ShapeDtypeStruct(value.shape, value.dtype) for value in operands(case))
     out = jax.eval_shape(convolve(implementation, case), x, w, b)
     assert (out.shape, out.dtype) == (c3t.output_shape(x.shape, w.shape, **case.kwargs), x.dtype)
 
 
-@by_case
-@by_implementation
+@by_both
 def test_one_exported_module_serves_cpu_gpu_and_tpu(implementation, case) -> None:
     x, w, b = operands(case)
     exported = export.export(jax.jit(convolve(implementation, case)), platforms=["cpu", "cuda", "tpu"])(x, w, b)
@@ -177,8 +174,7 @@ def test_one_exported_module_serves_cpu_gpu_and_tpu(implementation, case) -> Non
     close(gw, want_gw)
 
 
-@by_case
-@by_implementation
+@by_both
 def test_export_with_a_symbolic_batch(implementation, case) -> None:
     x, w, b = operands(case)
     (n,) = export.symbolic_shape("n")
@@ -224,8 +220,7 @@ def test_phases_says_that_it_cannot_take_symbolic_sizes() -> None:
         export.export(run)(jax.ShapeDtypeStruct((1, n, n, n, 1), np.float64))
 
 
-@by_case
-@by_implementation
+@by_both
 def test_shard_map_over_the_batch(implementation, case) -> None:
     x, w, b = operands(case)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
