@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -27,7 +28,8 @@ ROLES = {
 class Cut:
     """The axes of ``mesh`` over which each dimension is cut, into pieces of equal size, the last of which may be short.
 
-    With several groups, channels and filters are cut where whole groups end.
+    With several groups, channels and filters are cut where whole groups end. Of several axes the first is the
+    outermost, whatever their order in the mesh.
     """
 
     mesh: Mesh | AbstractMesh
@@ -41,22 +43,32 @@ class Cut:
         """The number of pieces over these axes."""
         return math.prod(self.mesh.shape[name] for name in names)
 
+    def numbers(self, names: Names) -> tuple[int, ...]:
+        """For each device along these axes, its number in the order of the mesh, by which `jax.lax.ppermute` counts."""
+        ordered = [name for name in self.mesh.axis_names if name in names]
+        found = []
+        for place in itertools.product(*(range(self.mesh.shape[name]) for name in names)):
+            at, number = dict(zip(names, place, strict=True)), 0
+            for name in ordered:
+                number = number * self.mesh.shape[name] + at[name]
+            found.append(number)
+        return tuple(found)
+
     def spec(self, role: str, form: Any) -> PartitionSpec:
         """Of the inputs, the kernel, the outputs or the bias."""
         channels, filters = self.groups or self.channels, self.groups or self.filters
         if role == "w":
-            return PartitionSpec(None, None, None, _entry(self.filters), _entry(channels))
+            return PartitionSpec(None, None, None, entry_of(self.filters), entry_of(channels))
         if role == "b":
-            return PartitionSpec(_entry(filters))
-        space = [_entry(names) for names in self.space]
+            return PartitionSpec(entry_of(filters))
+        space = [entry_of(names) for names in self.space]
         if role == "y" and form.channels_first:
-            return PartitionSpec(_entry(self.batch), _entry(filters), *space)
-        return PartitionSpec(_entry(self.batch), *space, _entry(channels if role == "x" else filters))
+            return PartitionSpec(entry_of(self.batch), entry_of(filters), *space)
+        return PartitionSpec(entry_of(self.batch), *space, entry_of(channels if role == "x" else filters))
 
     def sharding(self, role: str, form: Any) -> NamedSharding:
         """The same, for constraints and types."""
-        mesh = self.mesh.abstract_mesh if self.is_explicit and isinstance(self.mesh, Mesh) else self.mesh
-        return NamedSharding(mesh, self.spec(role, form))
+        return NamedSharding(self.abstract if self.is_explicit else self.mesh, self.spec(role, form))
 
     def typed(self, role: str, form: Any, shape: tuple[int, ...]) -> NamedSharding:
         """What types can say of it: a dimension that its axes do not divide is whole."""
@@ -73,7 +85,7 @@ class Cut:
 
     def counts(self, role: str, form: Any) -> list[int]:
         """Over how many devices each dimension is cut."""
-        return [self.shards(_names(entry)) for entry in self.spec(role, form)]
+        return [self.shards(names_of(entry)) for entry in self.spec(role, form)]
 
     def missing(self, role: str, form: Any, shape: tuple[int, ...]) -> list[int]:
         """How many elements more each dimension needs so that its axes divide it."""
@@ -84,16 +96,29 @@ class Cut:
         """Whether types say how arrays are cut."""
         return AxisType.Explicit in self.mesh.axis_types
 
+    @property
+    def abstract(self) -> AbstractMesh:
+        """The mesh without its devices, as types have it."""
+        return self.mesh.abstract_mesh if isinstance(self.mesh, Mesh) else self.mesh
+
+    @property
+    def manual(self) -> Names:
+        """The axes over which the devices are told what to do: those that types speak of, or all."""
+        kinds = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+        return tuple(name for name, kind in kinds if kind == AxisType.Explicit) or self.mesh.axis_names
+
     def regrouped(self) -> Cut:
         """For a form whose channels and filters became parts of groups: cut only where groups were cut before."""
         return dataclasses.replace(self, channels=(), filters=())
 
 
-def _entry(names: Names) -> Any:
+def entry_of(names: Names) -> Any:
+    """Of a `PartitionSpec`."""
     return None if not names else names[0] if len(names) == 1 else names
 
 
-def _names(entry: Any) -> Names:
+def names_of(entry: Any) -> Names:
+    """The inverse."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
@@ -102,7 +127,7 @@ def agreed(kind: str, form: Any, mesh: Any, specs: dict[str, PartitionSpec]) -> 
     used: set[str] = set()
 
     def names(role: str, dim: int, size: int | None = None) -> Names:
-        found = _names(specs[role][dim]) if role in specs and dim < len(specs[role]) else ()
+        found = names_of(specs[role][dim]) if role in specs and dim < len(specs[role]) else ()
         shards = math.prod(mesh.shape[name] for name in found)
         if used & set(found) or (size is not None and size % shards):
             return ()

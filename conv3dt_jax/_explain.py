@@ -137,9 +137,9 @@ def explain(
     output_shape = spec.output_shape(shape, output_size)
     over_mesh = None
     if (placement := _placement_of(mesh, mesh_axes)) is not None:
-        opened_axes, _ = opened(geometry)
-        opened_reading = read(spec, opened_axes, channels, operand.dtype, sums, result)
-        over_mesh = plan_over_mesh(placement, spec, opened_reading, batch, channels, platforms)
+        axes, around = opened(geometry, placement.pieces)
+        over = read(spec, axes, channels, operand.dtype, sums, result)
+        over_mesh = plan_over_mesh(placement, spec, over, batch, channels, platforms, list(zip(geometry, around, strict=True)))
     explanation = Explanation(
         input_shape=shape,
         kernel_shape=kernel_shape,

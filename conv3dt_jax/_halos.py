@@ -102,14 +102,16 @@ def _round(distance: int, needs: Sequence[Sequence[tuple[int, int] | None]], pie
     return Round(distance, tuple(pairs), tuple(starts), size)
 
 
-def exchanged(array: jax.Array, dim: int, exchange: Exchange, names: tuple[str, ...]) -> jax.Array:
-    """The window of this device, inside a manual computation over the mesh axes ``names``."""
+def exchanged(
+    array: jax.Array, dim: int, exchange: Exchange, names: tuple[str, ...], numbers: Sequence[int]
+) -> jax.Array:
+    """The window of this device, inside a manual computation over the mesh axes ``names``; see `Cut.numbers`."""
     device = lax.axis_index(names)
 
     def received(each: Round) -> jax.Array:
         start = jnp.asarray(each.starts, jnp.int32)[device]
         sent = lax.dynamic_slice_in_dim(array, start, each.size, dim)
-        return lax.ppermute(sent, names, each.pairs)
+        return lax.ppermute(sent, names, [(numbers[sender], numbers[receiver]) for sender, receiver in each.pairs])
 
     pieces = [*map(received, exchange.before), array, *map(received, exchange.after)]
     together = jnp.concatenate(pieces, dim) if len(pieces) > 1 else array

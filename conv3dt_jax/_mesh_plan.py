@@ -10,7 +10,7 @@ from typing import Any
 from conv3dt_jax import _shards
 from conv3dt_jax._convolution_spec import ConvolutionSpec
 from conv3dt_jax._cut import ROLES, Cut, Names
-from conv3dt_jax._geometry import AXIS_NAMES
+from conv3dt_jax._geometry import AXIS_NAMES, Axis
 from conv3dt_jax._placement import Placement
 from conv3dt_jax._plans import plan_of, size_text
 from conv3dt_jax.lowerings._work import GRADIENTS
@@ -132,9 +132,19 @@ class MeshPlan:
 
 
 def plan_over_mesh(
-    placement: Placement, spec: ConvolutionSpec, reading: Any, batch: int, channels: int, platforms: Sequence[str]
+    placement: Placement,
+    spec: ConvolutionSpec,
+    reading: Any,
+    batch: int,
+    channels: int,
+    platforms: Sequence[str],
+    ends: Sequence[tuple[Axis, tuple[int, int]]],
 ) -> MeshPlan:
-    """The plan for one step of training: the result, then both gradients of it."""
+    """The plan for one step of training: the result, then both gradients of it.
+
+    ``ends`` are the axes as they were before they got some of their other end, and how much of it stands before and
+    behind them.
+    """
     form, cut = reading.form, placement.cut(spec, (batch,), channels, reading)
     forward, backward = (["outputs"], ["gradients"]) if reading.outputs else (["inputs"], ["outputs", "kernel"])
     empty = batch == 0 or any(axis.is_empty for axis in form.geometry)
@@ -145,8 +155,11 @@ def plan_over_mesh(
     if not reading.outputs:  # the kernel's gradient reads the windows that the result was computed from
         again = [exchange for exchange in exchanges[0] if exchange.kind == "collective-permute"]
         exchanges[1] = _without(exchanges[1], again)
-    if spec.use_bias and not empty:
-        exchanges[1] += tuple(_of_bias(reading, cut))
+    if not empty:
+        around = tuple(_of_other_ends(form, cut, batch, ends))
+        back = tuple(dataclasses.replace(exchange, distance=-exchange.distance) for exchange in reversed(around))
+        exchanges = [around + exchanges[0], exchanges[1] + back]
+        exchanges[1] += tuple(_of_bias(reading, cut)) if spec.use_bias else ()
     shapes = _shard_shapes(form, cut, batch)
     first, second = ("x", "y") if reading.outputs else ("y", "x")
     return MeshPlan(
@@ -215,6 +228,23 @@ def _exchanges(kind: str, form: Any, cut: Cut, batch: int) -> Iterator[Exchange]
         if names and role in ROLES[kind][1] and cut.shards(names) > 1:
             partial = dict(zip("xwy", part.dtypes, strict=True))[role]
             yield Exchange("all-reduce", titles[role], names, 0, math.prod(shapes[role]) * partial.itemsize)
+
+
+def _of_other_ends(form: Any, cut: Cut, batch: int, ends: Sequence[tuple[Axis, tuple[int, int]]]) -> Iterator[Exchange]:
+    """Of circular convolutions whose stride does not divide the inputs: they are the outputs of the form."""
+    held = list(_shard_shapes(form, cut, batch)["y"])
+    sizes = [axis.out if axis.wraps else None for axis, _ in ends]
+    for dim, (size, names) in enumerate(zip(sizes, cut.space, strict=True), start=1):
+        held[dim] = held[dim] if size is None else -(-size // cut.shards(names))
+    for dim, (name, names, (axis, (low, high))) in enumerate(zip(AXIS_NAMES, cut.space, ends, strict=True), start=1):
+        shards = cut.shards(names)
+        if (low, high) == (0, 0) or shards == 1:
+            continue
+        exchange, piece = _shards.around(axis.out, low, high, shards)
+        others = math.prod(held) // held[dim] * form.dtypes[2].itemsize
+        for each in (*exchange.before, *exchange.after):
+            yield Exchange("collective-permute", name, names, each.distance, each.size * others)
+        held[dim] = piece
 
 
 def _of_bias(reading: Any, cut: Cut) -> Iterator[Exchange]:

@@ -19,8 +19,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from conv3dt_jax import _arrangement, _operands, _primitives
 from conv3dt_jax import _batching as _batching  # registers the rules of jax.vmap
-from conv3dt_jax import _operands, _primitives
 from conv3dt_jax._choice import check_named
 from conv3dt_jax._convolution_spec import ConvolutionSpec
 from conv3dt_jax._cut import Cut
@@ -29,7 +29,7 @@ from conv3dt_jax._placement import Placement
 from conv3dt_jax._primitives import Form
 from conv3dt_jax._slabs import WHOLE
 from conv3dt_jax._spec import Conv3DTransposeSpec
-from conv3dt_jax.lowerings._tiles import plus, wrapped
+from conv3dt_jax.lowerings._tiles import plus
 from conv3dt_jax.lowerings._turn import turned_kernel
 
 
@@ -155,12 +155,11 @@ def _compute(
         fill = jnp.zeros((spec.filters,), sums) if bias is None else bias
         filters_dim = len(shape) - (4 if spec.data_format == "channels_first" else 1)
         return lax.broadcast_in_dim(fill, shape, (filters_dim,)).astype(result)
-    inputs = inputs.reshape(-1 if len(batch) != 1 else batch[0], *inputs.shape[len(batch) :])
-    geometry, around = opened(geometry)
-    for dim, (low, high) in enumerate(around, start=2 if spec.data_format == "channels_first" else 1):
-        inputs = inputs if (low, high) == (0, 0) else wrapped(inputs, dim, low, high)
+    side = "x" if read(spec, geometry, channels, inputs.dtype, sums, result).outputs else "y"
+    arranged = _arrangement.arranged(inputs, batch, spec.data_format == "channels_first", cut, side)
+    geometry, around = opened(geometry, arranged.shards)
     reading = read(spec, geometry, channels, inputs.dtype, sums, result, slabs, cut)
-    return computed(inputs, kernel, bias, reading, spec).reshape(shape)
+    return arranged.restored(computed(arranged.around(around), kernel, bias, reading, spec), shape)
 
 
 def is_constant(batch: Sequence[Any], geometry: Geometry) -> bool:
@@ -178,7 +177,8 @@ def computed(
     if not reading.outputs:
         if bias is not None:  # rounded once, after it
             form = dataclasses.replace(form, dtypes=(form.sums, *form.dtypes[1:]))
-        found = plus(_primitives.inputs(kernel, inputs, form), bias)
+        found = _primitives.inputs(kernel, inputs, form)
+        found = found if bias is None else plus(found, _primitives.beside(bias, found, (4,)))
         found = found if form.cut is None else form.cut.placed(found, "x", form)
         return (jnp.moveaxis(found, -1, 1) if channels_first else found).astype(reading.result)
     if reading.turned:
@@ -190,15 +190,18 @@ def computed(
     return found if form.cut is None else form.cut.placed(found, "y", form)
 
 
-def opened(geometry: Geometry) -> tuple[Geometry, tuple[tuple[Any, Any], ...]]:
+def opened(geometry: Geometry, shards: tuple[int, int, int] = (1, 1, 1)) -> tuple[Geometry, _arrangement.Pairs]:
     """Circular convolutions whose stride does not divide the inputs, as others of more inputs.
 
-    Returns the axes, and how much of the other end stands before and behind the inputs. On the other circular axes
-    whole strides wrap around, and the lowerings see to them.
+    Returns the axes, and how much of the other end stands before and behind the inputs; behind them stands as much more
+    as it takes that ``shards`` divide them. On the other circular axes whole strides wrap around, and the lowerings see
+    to them.
     """
     axes, around = list(geometry), [(0, 0)] * 3
     for i, axis in enumerate(geometry):
         if axis.wraps and axis.n * axis.s != axis.out:
             around[i] = (axis.lo, max(axis.full - axis.lo - axis.out, 0))
-            axes[i] = dataclasses.replace(axis, lo=0, out=axis.out + sum(around[i]), wraps=False)
+            size = axis.out + sum(around[i])
+            size += -size % shards[i] if shards[i] > 1 else 0
+            axes[i] = dataclasses.replace(axis, lo=0, out=size, wraps=False)
     return (axes[0], axes[1], axes[2]), tuple(around)

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from conv3dt_jax import _arguments as args
 from conv3dt_jax._convolution_spec import ConvolutionSpec
-from conv3dt_jax._cut import Cut, Names
+from conv3dt_jax._cut import Cut, Names, names_of
 from conv3dt_jax._geometry import AXIS_NAMES, Axis, part_of_inputs, part_of_outputs
 from conv3dt_jax._spec import Conv3DSpec
 
@@ -56,9 +56,9 @@ class MeshAxes:
             names = _axis_names(field.name, getattr(self, field.name))
             for name in names:
                 if name in used:
+                    both = "twice" if used[name] == field.name else f"for `{used[name]}` and"
                     raise ValueError(
-                        f"the mesh axis {name!r} is given for `{used[name]}` and `{field.name}`; a mesh axis cuts one "
-                        "dimension, once."
+                        f"the mesh axis {name!r} is given {both} for `{field.name}`; it can cut one dimension, once."
                     )
                 used[name] = field.name
             object.__setattr__(self, field.name, names[0] if len(names) == 1 else names or None)
@@ -142,8 +142,12 @@ class Placement:
     def cut(self, spec: ConvolutionSpec, batch: Sequence[Any], channels: int, reading: Any) -> Cut:
         """How the form of an operation is cut."""
         self._check_features(spec, channels)
-        if self.shards("batch") > 1 and any(export.is_symbolic_dim(size) for size in batch):
-            raise ValueError(f"{self._received('batch')} cuts a batch of symbolic size, {batch}; give it a number.")
+        sizes = (*batch, *(axis.n for axis in reading.form.geometry), *(axis.out for axis in reading.form.geometry))
+        if any(export.is_symbolic_dim(size) for size in sizes):
+            raise ValueError(
+                f"`inputs` have symbolic sizes, ({', '.join(map(str, sizes[: len(batch) + 3]))}); over a mesh "
+                f"({self.axes}) they must be numbers."
+            )
         space = tuple(self.axes.names(name) for name in AXIS_NAMES)
         for name, axis, names in zip(AXIS_NAMES, reading.form.geometry, space, strict=True):
             self._check_axis(name, axis, names, reading.outputs)
@@ -176,9 +180,14 @@ class Placement:
         """Over how many devices a dimension is cut."""
         return self.over(self.axes.names(dimension))
 
+    @property
+    def pieces(self) -> tuple[int, int, int]:
+        """Of depth, height and width."""
+        return self.shards("depth"), self.shards("height"), self.shards("width")
+
     def over(self, entry: Any) -> int:
         """The number of devices of an entry of a `PartitionSpec`."""
-        return Cut(self.mesh).shards(_axis_names("entry", entry))
+        return Cut(self.mesh).shards(names_of(entry))
 
     def _received(self, dimension: str) -> str:
         return args.received(dimension, getattr(self.axes, dimension))
@@ -203,12 +212,9 @@ class Placement:
     def _check_axis(self, name: str, axis: Axis, names: Names, outputs: bool) -> None:
         """A halo comes from the next neighbour alone."""
         shards = Cut(self.mesh).shards(names)
-        sizes = (axis.n, axis.out)
         size = axis.n if outputs else axis.out
         if shards == 1 or axis.is_empty:
             return
-        if any(export.is_symbolic_dim(size) for size in sizes):
-            raise ValueError(f"{self._received(name)} cuts an axis of symbolic size, {size}; give it a number.")
         if shards > size:
             raise ValueError(
                 f"{self._received(name)} cuts {size} elements of the inputs' {name} over {shards} devices; give "

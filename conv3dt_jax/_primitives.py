@@ -136,6 +136,17 @@ def _placed(kind: str, form: Form, *operands: jax.Array) -> tuple[Sequence[jax.A
     return _equally_varying(*operands), form
 
 
+def beside(vector: jax.Array, array: jax.Array, dims: Sequence[int]) -> jax.Array:
+    """What shall be added to an array along these dimensions, where their types say that they lie."""
+    cut = jax.typeof(array).sharding
+    if _explicit_mesh([array]) is None:
+        return vector
+    entries = [
+        cut.spec[dim] if size > 1 else None for dim, size in zip(dims, vector.shape, strict=True)
+    ]  # fmt: skip
+    return jax.sharding.reshard(vector, cut.update(spec=PartitionSpec(*entries)))
+
+
 def _explicit_mesh(operands: Sequence[jax.Array]) -> Any:
     """The mesh of operands whose types say how they are cut; None where it is left to the compiler."""
     meshes = [jax.typeof(operand).sharding.mesh for operand in operands]

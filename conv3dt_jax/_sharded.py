@@ -63,7 +63,7 @@ class Sharded:
         """The result of `conv3d_transpose`, or `conv3d`, cut as declared.
 
         Args:
-          inputs: as there; arrays that lie elsewhere are moved.
+          inputs: as there. Outside of `jax.jit` arrays that lie elsewhere are moved.
           kernel: likewise.
           bias: ``(F,)``, or None where ``spec.use_bias`` is False.
           output_size: the wanted ``(D, H, W)`` of a transposed convolution, in place of an output padding.
@@ -71,16 +71,28 @@ class Sharded:
         if self.spec.use_bias != (bias is not None):
             missing = "missing" if bias is None else "given"
             raise ValueError(f"`spec.use_bias={self.spec.use_bias}`, but a bias is {missing}.")
+        self._check_devices(inputs)
         inputs, kernel = self._moved("inputs", inputs), self._moved("kernel", kernel)
         bias = None if bias is None else self._moved("bias", bias)
         kernel = _operands.kernel(kernel, self.spec.kernel_layout)
         return run(inputs, kernel, bias, self.spec, output_size, placement=self._placement)
 
+    def _check_devices(self, inputs: Any) -> None:
+        """An `AbstractMesh` has none: outside of programs they must be known in another way."""
+        if isinstance(self.mesh, Mesh) or isinstance(inputs, jax.core.Tracer):
+            return
+        lies_on = getattr(getattr(inputs, "sharding", None), "mesh", None)
+        if jax.sharding.get_abstract_mesh().empty and getattr(lies_on, "abstract_mesh", None) != self.mesh:
+            raise ValueError(
+                "`mesh` is an AbstractMesh, which has no devices; call this under jax.set_mesh, or make it with the "
+                "jax.sharding.Mesh of the devices."
+            )
+
     def _moved(self, name: str, value: Any) -> Any:
         """An array outside of programs, on its devices: piece by piece where its sizes divide, else whole."""
         if isinstance(value, jax.core.Tracer) or not isinstance(self.mesh, Mesh) or not hasattr(value, "shape"):
             return value
-        spec = self.sharding(name).spec
+        spec = tuple(self.sharding(name).spec)
         more = len(value.shape) - len(spec)
         if more < 0:  # no axis of batch
             spec = spec[-more:]
@@ -94,7 +106,7 @@ class Sharded:
 
 
 def sharded(
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     spec: Conv3DTransposeSpec | Conv3DSpec,
     *,
     batch: str | Sequence[str] | None = None,
@@ -115,8 +127,12 @@ def sharded(
     Sizes need not divide: pieces are of equal size, rounded up, and the last ones shorter. Outside of `jax.jit` JAX
     knows no such arrays, and a result whose size does not divide is put together there; inside it stays cut.
 
+    Dimensions that are not cut are whole on every device, and so is an axis of `jax.vmap`, unless it lies over axes of
+    its own: by its type, or by ``spmd_axis_name``. Under `jax.jit` a mesh with Explicit axes is set by `jax.set_mesh`,
+    as JAX wants it.
+
     Args:
-      mesh: of devices, as `jax.make_mesh` makes them, with axes of any type.
+      mesh: of devices, as `jax.make_mesh` makes them, with axes of type Auto or Explicit.
       spec: the operation, a `Conv3DTransposeSpec` or a `Conv3DSpec`.
       batch: the name of the mesh axis over which it is cut, several names, or None, as all below; see `MeshAxes`.
       depth: likewise.

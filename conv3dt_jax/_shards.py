@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
+from jax.sharding import NamedSharding, PartitionSpec
 
 from conv3dt_jax import _choice, _halos
-from conv3dt_jax._cut import ROLES, Cut, Names
+from conv3dt_jax._cut import ROLES, Cut, Names, names_of
 from conv3dt_jax._geometry import Axis, part_of_inputs, part_of_outputs
 from conv3dt_jax.lowerings._work import GRADIENTS
 
@@ -27,6 +27,7 @@ class CutAxis:
     """One cut spatial axis: its mesh axes, the axis of one device, what it reads, and what it keeps of its outputs."""
 
     names: Names
+    numbers: tuple[int, ...]
     axis: Axis
     exchange: _halos.Exchange
     kept: int = 0
@@ -42,15 +43,12 @@ def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
     roles, made = ROLES[kind]
     batch = operands[-1 if GRADIENTS[kind] else 0].shape[0]
     shapes = {"x": form.inputs_shape(batch), "w": form.kernel_shape(), "y": form.outputs_shape(batch)}
-    names = [
-        name for name, kind in zip(cut.mesh.axis_names, cut.mesh.axis_types, strict=True) if kind == AxisType.Explicit
-    ]
     found = jax.shard_map(
         functools.partial(local, kind, platform, form, cut, batch),
         mesh=cut.mesh,
         in_specs=tuple(cut.spec(role, form) for role in roles),
         out_specs=[cut.spec(role, form) for role in made],
-        axis_names=set(names or cut.mesh.axis_names),
+        axis_names=set(cut.manual),
         check_vma=False,
     )(*[_filled(operand, cut, role, form) for role, operand in zip(roles, operands, strict=True)])
     results = [_kept(value, cut, role, form, shapes[role]) for role, value in zip(made, found, strict=True)]
@@ -75,7 +73,7 @@ def part_of(kind: str, form: Any, cut: Cut) -> tuple[Any, Lines]:
     """The form of what one device computes, and its cut axes."""
     line = _line_of_inputs if GRADIENTS[kind] else _line_of_outputs
     depth, height, width = (
-        line(axis, names, cut.shards(names)) if cut.shards(names) > 1 else None
+        line(axis, names, cut.numbers(names)) if cut.shards(names) > 1 else None
         for axis, names in zip(form.geometry, cut.space, strict=True)
     )
     lines = (depth, height, width)
@@ -90,10 +88,11 @@ def part_of(kind: str, form: Any, cut: Cut) -> tuple[Any, Lines]:
 
 
 def summed(kind: str, cut: Cut) -> dict[str, Names]:
-    """Over which mesh axes the results of a primitive are summed up."""
-    if not GRADIENTS[kind]:
-        return {"y": cut.channels}
-    return {"x": cut.filters, "w": (*cut.batch, *(name for names in cut.space for name in names))}
+    """Over which mesh axes the results of a primitive are summed up; none that has one device."""
+    found = {"y": cut.channels}
+    if GRADIENTS[kind]:
+        found = {"x": cut.filters, "w": (*cut.batch, *(name for names in cut.space for name in names))}
+    return {role: tuple(name for name in names if cut.mesh.shape[name] > 1) for role, names in found.items()}
 
 
 def _partial_dtypes(kind: str, form: Any, cut: Cut) -> tuple[Any, Any, Any]:
@@ -105,19 +104,21 @@ def _partial_dtypes(kind: str, form: Any, cut: Cut) -> tuple[Any, Any, Any]:
     return x, w, y
 
 
-def _line_of_inputs(axis: Axis, names: Names, shards: int) -> CutAxis:
+def _line_of_inputs(axis: Axis, names: Names, numbers: tuple[int, ...]) -> CutAxis:
+    shards = len(numbers)
     piece = -(-axis.n // shards)
     first, part = part_of_inputs(axis, piece)
     starts = [device * piece * axis.s + first for device in range(shards)]
-    return CutAxis(names, part, _halos.plan(axis.out, shards, starts, part.out, axis.wraps))
+    return CutAxis(names, numbers, part, _halos.plan(axis.out, shards, starts, part.out, axis.wraps))
 
 
-def _line_of_outputs(axis: Axis, names: Names, shards: int) -> CutAxis:
+def _line_of_outputs(axis: Axis, names: Names, numbers: tuple[int, ...]) -> CutAxis:
+    shards = len(numbers)
     piece = -(-axis.out // shards)
     whole, skipped = zip(*(divmod(device * piece, axis.s) for device in range(shards)), strict=True)
     first, part = part_of_outputs(axis, piece + max(skipped))
     exchange = _halos.plan(axis.n, shards, [cell + first for cell in whole], part.n, axis.wraps)
-    return CutAxis(names, part, exchange, piece, skipped)
+    return CutAxis(names, numbers, part, exchange, piece, skipped)
 
 
 def local(kind: str, platform: str, form: Any, cut: Cut, batch: int, *operands: jax.Array) -> Any:
@@ -155,16 +156,16 @@ def _outputs(
     slab = list(operands)
     for place in (0, 2) if kind == "tangent" else (0,):
         slab[place] = _windows(operands[place], lines, 1)
-    bias = None
-    if cut.channels and kind == "affine":  # the bias once, and rounded once
+    sums, bias = summed(kind, cut)["y"], None
+    if sums and kind == "affine":  # the bias once, and rounded once
         kind, bias = "outputs", slab.pop()
     made = compute(kind, part, slab)
     for dim, line in enumerate(lines, start=2 if form.channels_first else 1):
         if line is not None and made.shape[dim] != line.kept:
             start = jnp.asarray(line.skipped, jnp.int32)[lax.axis_index(line.names)]
             made = lax.dynamic_slice_in_dim(made, start, line.kept, dim)
-    if cut.channels:
-        made = lax.psum(made, cut.channels)
+    if sums:
+        made = lax.psum(made, sums)
     if bias is not None:
         made = made + lax.expand_dims(bias, [dim for dim in range(5) if dim != form.filters_dim])
     return made.astype(form.dtypes[2])
@@ -173,7 +174,7 @@ def _outputs(
 def _windows(array: jax.Array, lines: Lines, first: int) -> jax.Array:
     for dim, line in enumerate(lines, start=first):
         if line is not None:
-            array = _halos.exchanged(array, dim, line.exchange, line.names)
+            array = _halos.exchanged(array, dim, line.exchange, line.names, line.numbers)
     return array
 
 
@@ -184,3 +185,34 @@ def _within(array: jax.Array, cuts: Sequence[Names], lengths: Sequence[int]) -> 
             place = lax.axis_index(names) * array.shape[dim] + lax.broadcasted_iota(jnp.int32, array.shape, dim)
             array = jnp.where(place < length, array, jnp.zeros((), array.dtype))
     return array
+
+
+def around(length: int, low: int, high: int, shards: int) -> tuple[_halos.Exchange, int]:
+    """How an axis gets so much of its other end before and behind it, and what each device has then."""
+    piece = -(-(length + low + high) // shards)
+    starts = [device * piece - low for device in range(shards)]
+    return _halos.plan(length, shards, starts, piece, wraps=True), piece
+
+
+def wrapped(array: jax.Array, dim: int, low: int, high: int, cut: Cut, entries: Sequence[Any]) -> jax.Array:
+    """With ``low`` and ``high`` elements of its other end around it, along an axis that is cut as ``entries`` say.
+
+    At least as many at the end: as many as it takes for the devices to divide them.
+    """
+    names = names_of(entries[dim])
+    shards, numbers, length = cut.shards(names), cut.numbers(names), array.shape[dim]
+    exchange, _ = around(length, low, high, shards)
+    missing = [-size % cut.shards(names_of(entry)) for size, entry in zip(array.shape, entries, strict=True)]
+    # What does not divide is whole while this axis gets its other end.
+    spec = PartitionSpec(*(None if count and i != dim else entries[i] for i, count in enumerate(missing)))
+    padding = [(0, missing[dim], 0) if i == dim else (0, 0, 0) for i in range(array.ndim)]
+    padded = lax.pad(array, jnp.zeros((), array.dtype), padding)
+    if cut.is_explicit:
+        padded = jax.sharding.reshard(padded, NamedSharding(cut.abstract, spec))
+    return jax.shard_map(
+        lambda piece: _halos.exchanged(piece, dim, exchange, names, numbers),
+        mesh=cut.mesh,
+        in_specs=spec,
+        out_specs=spec,
+        axis_names=set(cut.manual),
+    )(padded)

@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TRAINING = pytest.param("eight_devices_training", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("part", ["eight_devices", "eight_devices_declared", TRAINING])
+@pytest.mark.parametrize("part", ["eight_devices", "eight_devices_declared", "eight_devices_corners", TRAINING])
 def test_on_eight_devices(part) -> None:
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{part}.py"]

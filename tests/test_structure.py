@@ -50,7 +50,7 @@ FLOORS = [
     {"_partition"},
     {"_primitives"},
     {"_batching"},
-    {"_placement"},
+    {"_arrangement", "_placement"},
     {"_operation"},
     {"_parameters", "_plans", "functional"},
     {"_mesh_plan", "_slab_sizes"},
