@@ -203,9 +203,13 @@ def _one(axis: Any, operands: Any, dims: Any, alone: Callable[..., Any], rule: C
 
 
 def _register(primitive: Any, rule: Callable[..., Any]) -> None:
-    batching.fancy_primitive_batchers[primitive] = lambda axis, operands, dims, *, form: rule(
-        axis, operands, dims, form=form
-    )
+    def batched(axis: Any, operands: Any, dims: Any, *, form: Form) -> Any:
+        if any(dim is not None for dim in dims):
+            return rule(axis, operands, dims, form=form)
+        found = primitive.bind(*operands, form=form)
+        return found, [None] * len(found) if primitive.multiple_results else None
+
+    batching.fancy_primitive_batchers[primitive] = batched
 
 
 _register(p.outputs_p, _outputs)

@@ -139,7 +139,9 @@ def explain(
     if (placement := _placement_of(mesh, mesh_axes)) is not None:
         axes, around = opened(geometry, placement.pieces)
         over = read(spec, axes, channels, operand.dtype, sums, result)
-        over_mesh = plan_over_mesh(placement, spec, over, batch, channels, platforms, list(zip(geometry, around, strict=True)))
+        over_mesh = plan_over_mesh(
+            placement, spec, over, batch, channels, platforms, list(zip(geometry, around, strict=True))
+        )
     explanation = Explanation(
         input_shape=shape,
         kernel_shape=kernel_shape,

@@ -56,9 +56,9 @@ class MeshAxes:
             names = _axis_names(field.name, getattr(self, field.name))
             for name in names:
                 if name in used:
-                    both = "twice" if used[name] == field.name else f"for `{used[name]}` and"
+                    both = "twice for" if used[name] == field.name else f"for `{used[name]}` and"
                     raise ValueError(
-                        f"the mesh axis {name!r} is given {both} for `{field.name}`; it can cut one dimension, once."
+                        f"the mesh axis {name!r} is given {both} `{field.name}`; it can cut one dimension, once."
                     )
                 used[name] = field.name
             object.__setattr__(self, field.name, names[0] if len(names) == 1 else names or None)
