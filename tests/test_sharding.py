@@ -15,10 +15,10 @@ from conv3dt_jax import _halos
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-TRAINING = pytest.param("eight_devices_training", marks=pytest.mark.slow)
+LONG = [pytest.param(part, marks=pytest.mark.slow) for part in ("eight_devices_corners", "eight_devices_training")]
 
 
-@pytest.mark.parametrize("part", ["eight_devices", "eight_devices_declared", "eight_devices_corners", TRAINING])
+@pytest.mark.parametrize("part", ["eight_devices", "eight_devices_declared", *LONG])
 def test_on_eight_devices(part) -> None:
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{part}.py"]
