@@ -30,7 +30,7 @@ test: $(VENV)/.test  ## run the tests
 	@mkdir -p $(VENV)/cache
 	$(BIN)/python -m pytest -n 2 --dist worksteal --basetemp $(VENV)/cache/pytest $(ARGS)
 
-test-slow: $(VENV)/.test  ## run the tests that take minutes: killed runs, a training, rounding of many sizes
+test-slow: $(VENV)/.test  ## run the tests that take minutes: killed runs, a training, the other half of many cases
 	@mkdir -p $(VENV)/cache
 	$(BIN)/python -m pytest -n 2 --basetemp $(VENV)/cache/pytest -m slow $(ARGS)
 

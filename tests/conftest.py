@@ -8,6 +8,7 @@ os.environ["KERAS_HOME"] = tempfile.mkdtemp(prefix="keras-home-")
 os.environ["MPLBACKEND"] = "Agg"
 
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests import training_runs
 
     training_runs.make_quick(monkeypatch)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of many cases of one behaviour, marked `thinned`, half are among the slow tests: the same ones everywhere."""
+    for item in items:
+        if "thinned" in item.keywords and zlib.crc32(item.name.encode()) % 2:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

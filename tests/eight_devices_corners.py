@@ -165,3 +165,54 @@ def test_mesh_axes_of_one_device_cost_nothing(kind) -> None:
     compiled = jax.jit(run).lower(*placed).compile()
     assert collectives(compiled) == {}
     check(compiled(*placed), call(spec, x, w, b))
+
+
+@KINDS
+@pytest.mark.parametrize("shards", [3, 5])
+def test_sizes_that_do_not_divide(shards, kind) -> None:
+    spec = T(3, 2, "same")
+    x, w, b = operands(spec, (10, 6, 5), batch=3)
+    for cut in ({"depth": "a"}, {"batch": "a"}):
+        run = c3t.sharded(mesh((shards,), kind), spec, **cut)
+        with jax.set_mesh(run.mesh):
+            check(training(run)(x, w, b), training(functools.partial(call, spec))(x, w, b))
+        check(run(x, w, b), call(spec, x, w, b))
+
+
+@KINDS
+def test_every_transformation(kind) -> None:
+    spec = T(3, 2, "same")
+    x, w, b = operands(spec, (8, 4, 4))
+    down = C(3, 2, "same", use_bias=False)
+    on = mesh(kind=kind)
+
+    def tower(run, x, w):
+        step = lambda carry, _: (jnp.tanh(c3t.apply({"kernel": w}, run(carry, w, b), down)), None)
+        return jax.lax.scan(step, x, None, length=2)[0]
+
+    programs = {
+        "gradient of scan": lambda run, x, w: jax.grad(lambda x, w: tower(run, x, w).sum(), (0, 1))(x, w),
+        "remat": lambda run, x, w: jax.grad(lambda x, w: jax.checkpoint(run)(x, w, b).sum(), (0, 1))(x, w),
+        "vmap": lambda run, x, w: jax.vmap(run, (0, None, None))(jnp.stack([x, 2 * x]), w, b),
+        "vmap of kernels": lambda run, x, w: jax.vmap(run, (None, 0, None))(x, jnp.stack([w, 2 * w]), b),
+        "gradients of vmap": lambda run, x, w: jax.grad(
+            lambda x, w: (jax.vmap(run, (None, 0, None))(x, jnp.stack([w, 2 * w]), b) ** 2).sum(), (0, 1)
+        )(x, w),
+        "vmap of both": lambda run, x, w: jax.vmap(run, (0, 0, None))(jnp.stack([x, x]), jnp.stack([w, 2 * w]), b),
+        "jvp": lambda run, x, w: jax.jvp(run, (x, w, b), (x, w, b)),
+        "hessian": lambda run, x, w: jax.jvp(
+            jax.grad(lambda x, w: (run(x, w, b) ** 3).sum(), (0, 1)), (x, w), (x, w)
+        ),
+        "batch dimensions": lambda run, x, w: run(x[None], w, b),
+    }  # fmt: skip
+    plain = functools.partial(call, spec)
+    for cut in ({"batch": "a", "filters": "b", "channels": "c"}, {"depth": "a", "height": "c"}):
+        run = c3t.sharded(on, spec, **cut)
+        placed = jax.device_put(x, run.sharding("inputs")), jax.device_put(w, NamedSharding(on, P()))
+        scanned = "depth" in cut  # with cut channels the carry would change its type
+        for program in [programs[name] for name in programs if scanned or "scan" not in name]:
+            with jax.set_mesh(on):
+                got = jax.jit(functools.partial(program, run), compiler_options=QUICK)(*placed)
+            check(got, jax.jit(functools.partial(program, plain), compiler_options=QUICK)(x, w), 1e-4)
+        typed = jax.jit(plain, compiler_options=QUICK)(*placed, jax.device_put(b, NamedSharding(on, P())))
+        check(typed, plain(x, w, b))

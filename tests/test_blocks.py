@@ -29,6 +29,7 @@ BLOCKS += [("phases", {"channels_first": True}, 1, case) for case in CASES[::3]]
 BLOCKS += [(name, {}, 2000, case) for name in ("matmul", "phases") for case in CASES[1::6]]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     ("name", "layout", "tile_bytes", "case"), BLOCKS, ids=lambda value: getattr(value, "name", str(value))
 )
@@ -93,6 +94,7 @@ def test_kernels_of_merged_groups_come_apart_again(groups, channels, filters) ->
     np.testing.assert_array_equal(_blocks.join_kernel(blocks, groups, filters, channels), kernel)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("layout", [{}, {"channels_first": True}], ids=["channels_last", "channels_first"])
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("cut", [1, 2, 3])
@@ -129,6 +131,7 @@ SIZES = {
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize(
     ("size", "padding"),

@@ -16,7 +16,7 @@ from tests.helpers import quick_jit
 from tests.test_lowerings import DTYPES, IMPLEMENTATIONS, RESULTS
 
 triples = st.tuples
-SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+SETTINGS = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 
 
@@ -143,6 +143,7 @@ def arguments(call, dtype=np.float64):
     return [np.asarray(a, dtype) for a in operands], kwargs
 
 
+@pytest.mark.thinned
 @pytest.mark.usefixtures("quick_compiles")
 @by_call
 @pytest.mark.parametrize("direction", ["forward", "gradients"])
@@ -173,6 +174,7 @@ def test_it_is_what_lax_computes(call, direction, x64) -> None:
         close(got, want)
 
 
+@pytest.mark.thinned
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("dtype", [*DTYPES])
 @pytest.mark.parametrize("call", ["strided"])
@@ -189,6 +191,7 @@ def test_each_dtype_is_exact_to_its_rounding(call, dtype, implementation) -> Non
     assert np.all(error <= DTYPES[dtype] * np.abs(want) + (2e-6 if DTYPES[dtype] else 0) * scale)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("call", ["unstrided", "strided"])
 @pytest.mark.parametrize(
@@ -290,6 +293,7 @@ LOPSIDED = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("call", LOPSIDED, ids=str)
 @pytest.mark.parametrize("operation", ["conv3d", "conv3d_transpose"])

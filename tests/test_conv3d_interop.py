@@ -36,6 +36,7 @@ RECORDED = [("tensorflow", i) for i in range(len(record.TENSORFLOW_CONVOLUTIONS)
 ]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(("peer", "i"), RECORDED, ids=str)
 @pytest.mark.parametrize("implementation", ["auto", "dilated"])
 def test_values_and_gradients_are_those_recorded(peer, i, implementation, x64) -> None:
@@ -130,6 +131,7 @@ def equinox_is_off(padding, spans, stride, mode) -> bool:
     return max(stride) > 1 or (mode == "CIRCULAR" and [*pads] != [((e - 1) // 2, e // 2) for e in spans])
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(("padding", "kernel", "stride", "dilation", "groups", "mode"), EQUINOX[::7], ids=str)
 def test_equinox(padding, kernel, stride, dilation, groups, mode, x64) -> None:
     make = lambda seed: eqx.nn.Conv3d(

@@ -93,6 +93,7 @@ def test_nnx_takes_what_linen_takes() -> None:
     assert c3t.Convolution3D is c3t.Conv3D
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("arguments", [*SHARED, *OURS], ids=label)
 def test_the_same_parameters_give_the_same_bits_in_both(arguments) -> None:
     arguments = filled(arguments)

@@ -77,6 +77,7 @@ def test_third_derivatives() -> None:
         close(third, 6 * 3 * 2.0 * 3.0**2)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("call", ["unstrided", "strided", "groups"])
 @pytest.mark.parametrize("axes", [(0, None, None), (None, 0, None), (0, 0, 0), (None, None, 0)], ids=str)
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
@@ -139,6 +140,7 @@ SYMBOLIC = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("call", SYMBOLIC)
 def test_export_with_symbolic_spatial_sizes(call) -> None:
     """The result and all gradients."""

@@ -25,6 +25,7 @@ CALLS = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("implementation", ["auto", "matmul", "phases"])
 @pytest.mark.parametrize("name", CALLS)
 def test_work_is_what_xla_counts(name: str, implementation: str, capsys) -> None:

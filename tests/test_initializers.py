@@ -63,6 +63,7 @@ SIZES = [(2, 2), (4, 2), (3, 2), (5, 2), (3, 3), (5, 3), (7, 3), ((4, 3, 5), (2,
 INNER = ["glorot_uniform", "orthogonal", {"class_name": "HeNormal", "config": {"seed": 1}}]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     ("kernel", "strides", "inner"), [(*size, INNER[i % 3]) for i, size in enumerate(SIZES)], ids=label
 )

@@ -33,6 +33,7 @@ def close(got, want) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     ("padding", "kernel", "strides", "dilation", "transpose"), GRID[::7], ids=str
 )  # 7 has no part in the sizes: all pairs occur
@@ -115,6 +116,7 @@ EQUINOX = list(
 )  # fmt: skip
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(("padding", "kernel", "stride", "groups", "dilation"), EQUINOX[::7], ids=str)
 def test_equinox(padding, kernel, stride, groups, dilation, x64) -> None:
     a = 0 if stride == 1 or (isinstance(padding, str) and padding != "VALID") else (1, 2, 0)

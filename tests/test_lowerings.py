@@ -73,6 +73,7 @@ def test_the_input_gradient_alone_of_one_channel_in_each_group_is_that_of_the_de
     np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", DTYPE_CASES, ids=lambda case: case.name)
 @by_implementation
@@ -105,6 +106,7 @@ def test_16_bit_gradients_are_summed_in_float32(implementation: str, dtype: str)
     assert float(gradient.ravel()[0]) == 4096.0
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     ("dtype", "preferred"),
     [("bfloat16", "float32"), ("float16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float64"),
@@ -127,6 +129,7 @@ def test_preferred_element_type_is_the_results_dtype(
     np.testing.assert_allclose(np.asarray(y).astype(want.dtype), want, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
 @pytest.mark.parametrize("preferred", ["float32", "float64", "complex128"])
 @by_implementation
@@ -156,6 +159,7 @@ def test_precision_is_handed_to_the_product(implementation: str, precision: obje
     assert jax.lax.Precision(first).name in lowered.as_text()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     "shape", [(0, 3, 4, 2, 3), (2, 0, 4, 2, 3), (2, 3, 0, 0, 3), (0, 0, 4, 2, 3)], ids=lambda shape: "x".join(map(str, shape))
 )  # fmt: skip

@@ -31,6 +31,7 @@ def test_it_takes_what_the_linen_layer_takes() -> None:
     assert c3t.nnx.Convolution3DTranspose is c3t.nnx.Conv3DTranspose
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     "arguments",
     [

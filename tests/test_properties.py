@@ -13,7 +13,7 @@ from tests.helpers import quick_jit
 from tests.test_lowerings import IMPLEMENTATIONS
 
 triples = st.tuples
-SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+SETTINGS = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite

@@ -16,7 +16,7 @@ from conv3dt_jax._operation import read
 from tests import oracle, test_conv3d, test_properties
 from tests.helpers import quick_jit
 
-SETTINGS = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+SETTINGS = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 FORMATS = ["channels_last", "channels_first"]
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 counts = st.tuples(*[st.integers(1, 5)] * 3)
@@ -108,6 +108,7 @@ def operands(shape=(1, 12, 10, 8, 3), kernel=(3, 3, 3, 4, 3), dtype=np.float32, 
     return [jnp.asarray(rng.normal(size=size), dtype) for size in (shape, kernel, filters or kernel[3])]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("implementation", ["matmul", "phases"])
 @pytest.mark.parametrize(
     ("window", "strides", "padding"), [(2, 2, "valid"), (3, 2, "same"), (4, 2, 1), (3, 1, "same"), (5, 3, "circular")]
@@ -191,6 +192,7 @@ TABLE = {
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("implementation", ["auto", "dilated"])
 @pytest.mark.parametrize("name", TABLE)
 def test_every_geometry_is_the_same_in_slabs(name, implementation, x64) -> None:

@@ -191,6 +191,7 @@ SYMBOLIC = [
 ]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("case", SYMBOLIC, ids=lambda case: case.name)
 @pytest.mark.parametrize("implementation", ["auto", "dilated", "matmul"])
 def test_export_with_symbolic_spatial_sizes(implementation, case) -> None:
@@ -248,6 +249,7 @@ def test_spec_is_a_static_argument_that_does_not_recompile() -> None:
     assert len(traces) == 1
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("case", CHOSEN[:2], ids=lambda case: case.name)
 @pytest.mark.parametrize("implementation", ["auto", "phases"])  # the outputs of the others are transposed whole
 @pytest.mark.parametrize("mapped", ["inputs", "kernel", "both", "bias", "nothing"])

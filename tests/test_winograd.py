@@ -43,7 +43,7 @@ def calls(draw):
 
 
 @settings(
-    max_examples=16,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
@@ -75,6 +75,7 @@ def test_value_and_gradients_are_those_of_the_definition(call, seed) -> None:
     np.testing.assert_allclose(gw, want_gw, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     ("space", "kernel", "strides"),
     [
