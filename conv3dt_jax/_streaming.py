@@ -100,7 +100,7 @@ def stream(
         return out
     cut = lines("outputs" if reading.outputs else "inputs", dataclasses.replace(reading.form, slabs=counts))
     part = dataclasses.replace(reading, form=part_of(reading.form, cut))
-    lengths = [axis.n if reading.outputs else axis.out for axis in axes]
+    lengths = [axis.n if reading.outputs else axis.out for axis in reading.form.geometry]
     total = math.prod(batch) * math.prod(line.span.count for line in cut)
     waiting: list[tuple[Any, ...]] = []
     with _bar(progress, total) as advance:

@@ -103,6 +103,19 @@ def test_from_host_to_host_it_is_the_definition_too(problem) -> None:
     close(back(out, spec.data_format), want)
 
 
+@pytest.mark.parametrize("padding", ["valid", "same", 0, ((1, 0), (0, 2), (1, 1)), "circular"], ids=str)
+@pytest.mark.parametrize("strides", [1, (1, 2, 1)], ids=str)
+def test_ordinary_convolutions_from_host_to_host_have_fewer_outputs_than_inputs(strides, padding, x64) -> None:
+    spec = c3t.Conv3DSpec(2, (1, 2, 3), strides, padding)
+    rng = np.random.default_rng(0)
+    x, w, b = (rng.normal(size=size) for size in ((1, 5, 6, 7, 2), spec.kernel_shape(2), 2))
+    want = oracle.conv3d(x, w, b, strides=strides, padding=padding)
+    for slabs in ((1, 1, 1), (2, 3, 2)):
+        out = np.full(want.shape, np.nan)
+        c3t.tiled(x, w, b, spec=spec, slabs=slabs, out=out, progress=False)
+        close(out, want)
+
+
 def operands(shape=(1, 12, 10, 8, 3), kernel=(3, 3, 3, 4, 3), dtype=np.float32, filters=None):
     rng = np.random.default_rng(0)
     return [jnp.asarray(rng.normal(size=size), dtype) for size in (shape, kernel, filters or kernel[3])]
