@@ -40,7 +40,7 @@ def test_the_losses_are_those_of_one_device_and_only_halos_and_sums_travel(subje
         largest = max(int(np.prod(shape)) for shape in shapes)
         if kind != "collective-permute":
             assert kind == "all-reduce"
-            assert largest <= 27 * 16 * 16  # the largest kernel
+            assert largest <= max(parameter.size for parameter in jax.tree.leaves(state.params))
         else:
             assert largest <= activations  # a flipped patch; halos are smaller
 
