@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from conv3dt_jax import _shards
-from conv3dt_jax._cut import Cut, entry_of, names_of
+from conv3dt_jax._cut import Cut, entry_of, is_explicit, names_of, reshaped
 from conv3dt_jax.lowerings._tiles import wrapped
 
 Pairs = tuple[tuple[Any, Any], ...]
@@ -58,13 +56,13 @@ class Arranged:
         count = len(self.leading)
         if count == 1:
             return result
-        return _reshaped(result, shape, (*self.leading, *jax.typeof(result).sharding.spec[1:]))
+        return reshaped(result, shape, (*self.leading, *jax.typeof(result).sharding.spec[1:]))
 
 
 def arranged(inputs: jax.Array, batch: Sequence[Any], channels_first: bool, cut: Cut | None, read: str) -> Arranged:
     """The inputs of an operation, the side ``read`` of its form: "x" or "y"."""
     typed = jax.typeof(inputs).sharding
-    is_typed = AxisType.Explicit in typed.mesh.axis_types
+    is_typed = is_explicit(typed.mesh)
     count, leading, own = len(batch), typed.spec[: len(batch)], typed.spec[len(batch) :]
     known = cut if cut is not None else Cut(typed.mesh) if is_typed else None
     joined = None  # how the one axis of batch is cut
@@ -81,16 +79,5 @@ def arranged(inputs: jax.Array, batch: Sequence[Any], channels_first: bool, cut:
         joined = next(iter(fitting), None)
     entries = (joined, *own)
     if count != 1:
-        inputs = _reshaped(inputs, (math.prod(batch), *inputs.shape[count:]), (joined, *typed.spec[count:]))
+        inputs = reshaped(inputs, (math.prod(batch), *inputs.shape[count:]), (joined, *typed.spec[count:]))
     return Arranged(inputs, known, entries, tuple(leading), 2 if channels_first else 1)
-
-
-def _reshaped(array: jax.Array, shape: tuple[Any, ...], entries: tuple[Any, ...]) -> jax.Array:
-    """With the cut of the result, where types say it; a dimension that its axes do not divide is whole."""
-    mesh = jax.typeof(array).sharding.mesh
-    if AxisType.Explicit not in mesh.axis_types:
-        return array.reshape(shape)
-    fitting = [
-        None if size % Cut(mesh).shards(names_of(entry)) else entry for size, entry in zip(shape, entries, strict=True)
-    ]
-    return lax.reshape(array, shape, out_sharding=NamedSharding(mesh, PartitionSpec(*fitting)))

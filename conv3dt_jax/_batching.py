@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import batching
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from conv3dt_jax import _primitives as p
-from conv3dt_jax._cut import Names, entry_of, names_of
+from conv3dt_jax._cut import Names, entry_of, names_of, reshaped
 from conv3dt_jax._primitives import Form
 
 
@@ -62,7 +61,7 @@ class Joined:
             array = jnp.moveaxis(array.reshape(self.size, *split), 0, dim + 1)
         entries = _entries(array)
         others = entries[:dim], entries[dim + (2 if self.parts == 1 else 3) :]
-        return _reshaped(array, (*shape[:dim], size, *shape[dim + 1 :]), (*others[0], entry_of(self.cut), *others[1]))
+        return reshaped(array, (*shape[:dim], size, *shape[dim + 1 :]), (*others[0], entry_of(self.cut), *others[1]))
 
     def split(self, array: jax.Array, dim: int) -> jax.Array:
         """Takes it out again and puts it first."""
@@ -74,7 +73,7 @@ class Joined:
             sizes, cuts = sizes[::-1], cuts[::-1]
         elif self.parts > 1:
             sizes, cuts = (self.parts, self.size, one // self.parts), (cuts[1], cuts[0], None)
-        array = _reshaped(
+        array = reshaped(
             array, (*shape[:dim], *sizes, *shape[dim + 1 :]), (*entries[:dim], *cuts, *entries[dim + 1 :])
         )  # fmt: skip
         array = jnp.moveaxis(array, dim + (1 if self.behind or self.parts > 1 else 0), 0)
@@ -83,14 +82,6 @@ class Joined:
 
 def _entries(array: jax.Array) -> tuple[Any, ...]:
     return tuple(jax.typeof(array).sharding.spec)
-
-
-def _reshaped(array: jax.Array, shape: tuple[int, ...], entries: tuple[Any, ...]) -> jax.Array:
-    """With the cut of the result, where types say it."""
-    mesh = jax.typeof(array).sharding.mesh
-    if AxisType.Explicit not in mesh.axis_types:
-        return array.reshape(shape)
-    return lax.reshape(array, shape, out_sharding=NamedSharding(mesh, PartitionSpec(*entries)))
 
 
 def _joined(axis: Any, form: Form, dimension: str, parts: int = 1) -> Joined:
@@ -199,7 +190,8 @@ def _one(axis: Any, operands: Any, dims: Any, alone: Callable[..., Any], rule: C
     """The value with its mapped axis in front; one that no operand has is made."""
     if any(dim is not None for dim in dims):
         return _front(*rule(axis, operands, dims, form=form))
-    return jnp.broadcast_to(alone(*operands)[None], (axis.size, *alone(*operands).shape))
+    found = alone(*operands)
+    return jnp.broadcast_to(found[None], (axis.size, *found.shape))
 
 
 def _register(primitive: Any, rule: Callable[..., Any]) -> None:

@@ -94,7 +94,7 @@ class Cut:
     @property
     def is_explicit(self) -> bool:
         """Whether types say how arrays are cut."""
-        return AxisType.Explicit in self.mesh.axis_types
+        return is_explicit(self.mesh)
 
     @property
     def abstract(self) -> AbstractMesh:
@@ -110,6 +110,21 @@ class Cut:
     def regrouped(self) -> Cut:
         """For a form whose channels and filters became parts of groups: cut only where groups were cut before."""
         return dataclasses.replace(self, channels=(), filters=())
+
+
+def is_explicit(mesh: Any) -> bool:
+    """Whether types say how arrays are cut over some of its axes."""
+    return AxisType.Explicit in mesh.axis_types
+
+
+def reshaped(array: jax.Array, shape: tuple[Any, ...], entries: tuple[Any, ...]) -> jax.Array:
+    """Cut as the entries say, where types say it; a dimension that its axes do not divide is whole."""
+    mesh = jax.typeof(array).sharding.mesh
+    if not is_explicit(mesh):
+        return array.reshape(shape)
+    whole = [size % Cut(mesh).shards(names_of(entry)) for size, entry in zip(shape, entries, strict=True)]
+    fitting = [None if rest else entry for rest, entry in zip(whole, entries, strict=True)]
+    return lax.reshape(array, shape, out_sharding=NamedSharding(mesh, PartitionSpec(*fitting)))
 
 
 def entry_of(names: Names) -> Any:

@@ -165,7 +165,7 @@ def plan_over_mesh(
     return MeshPlan(
         mesh=dict(cut.mesh.shape),
         input_shape=_outer(shapes[first], spec),
-        kernel_shape=_kernel(shapes["w"], reading),
+        kernel_shape=_kernel(shapes["w"], reading, cut),
         output_shape=_outer(shapes[second], spec, first=second == "y" and form.channels_first),
         forward={platform: _device(forward, platform, form, cut, batch) for platform in platforms},
         gradients={platform: _device(backward, platform, form, cut, batch) for platform in platforms},
@@ -190,11 +190,11 @@ def _outer(shape: tuple[int, ...], spec: ConvolutionSpec, first: bool = False) -
     return shape[0], shape[4], *shape[1:4]
 
 
-def _kernel(shape: tuple[int, ...], reading: Any) -> tuple[int, ...]:
+def _kernel(shape: tuple[int, ...], reading: Any, cut: Cut) -> tuple[int, ...]:
     """Without strides a convolution's kernel lies the other way round in the form."""
     if not reading.turned:
         return shape
-    groups = reading.form.groups
+    groups = reading.form.groups // cut.shards(cut.groups)
     return *shape[:3], shape[4] // groups, shape[3] * groups
 
 
@@ -225,7 +225,7 @@ def _exchanges(kind: str, form: Any, cut: Cut, batch: int) -> Iterator[Exchange]
         held[dim] = line.exchange.size
     titles = {"x": "inputs", "w": "kernel", "y": "outputs"}
     for role, names in _shards.summed(kind, cut).items():
-        if names and role in ROLES[kind][1] and cut.shards(names) > 1:
+        if names and role in ROLES[kind][1]:
             partial = dict(zip("xwy", part.dtypes, strict=True))[role]
             yield Exchange("all-reduce", titles[role], names, 0, math.prod(shapes[role]) * partial.itemsize)
 
@@ -276,14 +276,10 @@ def _device(kinds: Sequence[str], platform: str, form: Any, cut: Cut, batch: int
     x, w, y = (
         math.prod(shapes[role]) * dtype.itemsize for role, dtype in zip("xwy", form.dtypes, strict=True)
     )  # fmt: skip
-    backward = len(kinds) > 1 or kinds[0] == "gradients"
+    # Beside operands and cotangent: the gradients of the kernel and of the operation's inputs, a side of the form.
+    results = {("gradients",): w + x, ("outputs", "kernel"): w + y}.get(tuple(kinds), 0)
     return DevicePlan(
         lowering=" and ".join(dict.fromkeys(plan.lowering for plan in plans)),
         multiply_adds=sum(plan.multiply_adds for plan in plans),
-        peak_bytes=max(held) + x + w + y + (backward and (_result_of(kinds, form, x, y) + w)),
+        peak_bytes=max(held) + x + w + y + results,
     )
-
-
-def _result_of(kinds: Sequence[str], form: Any, x: int, y: int) -> int:
-    """The gradient for the operation's inputs."""
-    return x if kinds[0] == "gradients" else y

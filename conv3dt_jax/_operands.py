@@ -55,6 +55,12 @@ def check_shapes(spec: ConvolutionSpec, channels: int, kernel_shape: tuple[int, 
         )
 
 
+def check_bias_given(spec: ConvolutionSpec, bias: Any) -> None:
+    """A bias stands beside a spec that has one, and beside no other."""
+    if spec.use_bias != (bias is not None):
+        raise ValueError(f"`spec.use_bias={spec.use_bias}`, but a bias is {'missing' if bias is None else 'given'}.")
+
+
 def check_size(geometry: Geometry, shape: tuple[int, ...], channels: int, dtype: np.dtype) -> None:
     """XLA ends the process over arrays whose bytes it cannot count in 63 bits."""
     if not all(isinstance(size, int) for size in (*shape, *(axis.out for axis in geometry))):

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from conv3dt_jax import _arguments as args
 from conv3dt_jax._convolution_spec import ConvolutionSpec
-from conv3dt_jax._cut import Cut, Names, names_of
+from conv3dt_jax._cut import Cut, Names, is_explicit, names_of
 from conv3dt_jax._geometry import AXIS_NAMES, Axis, part_of_inputs, part_of_outputs
 from conv3dt_jax._spec import Conv3DSpec
 
@@ -120,7 +120,6 @@ class Placement:
         if not isinstance(self.mesh, Mesh | AbstractMesh):
             raise TypeError(f"`mesh` must be a jax.sharding.Mesh, not {type(self.mesh).__name__}; see jax.make_mesh.")
         kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
-        typed = AxisType.Explicit in kinds.values()
         for dimension in self.axes.as_dict():
             for name in self.axes.names(dimension):
                 if name not in kinds:
@@ -133,7 +132,7 @@ class Placement:
                         f"`{dimension}={name!r}` is a manual axis here, inside of jax.shard_map, where all arrays are "
                         "those of one device; leave it out, or call this outside."
                     )
-                if typed and kinds[name] != AxisType.Explicit:
+                if is_explicit(self.mesh) and kinds[name] != AxisType.Explicit:
                     raise ValueError(
                         f"`{dimension}={name!r}` is an axis of type Auto in a mesh that has Explicit ones too; cut "
                         "over these, or make a mesh with axes of one type."
@@ -149,8 +148,8 @@ class Placement:
                 f"({self.axes}) they must be numbers."
             )
         space = tuple(self.axes.names(name) for name in AXIS_NAMES)
-        for name, axis, names in zip(AXIS_NAMES, reading.form.geometry, space, strict=True):
-            self._check_axis(name, axis, names, reading.outputs)
+        for name, axis in zip(AXIS_NAMES, reading.form.geometry, strict=True):
+            self._check_axis(name, axis, reading.outputs)
         first, second = ("channels", "filters") if reading.outputs else ("filters", "channels")
         return Cut(
             mesh=self.mesh,
@@ -209,9 +208,9 @@ class Placement:
                     "devices, which do not divide them; use a mesh axis of a size that does."
                 )
 
-    def _check_axis(self, name: str, axis: Axis, names: Names, outputs: bool) -> None:
+    def _check_axis(self, name: str, axis: Axis, outputs: bool) -> None:
         """A halo comes from the next neighbour alone."""
-        shards = Cut(self.mesh).shards(names)
+        shards = self.shards(name)
         size = axis.n if outputs else axis.out
         if shards == 1 or axis.is_empty:
             return

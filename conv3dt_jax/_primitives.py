@@ -30,7 +30,7 @@ from jax.interpreters import ad, mlir
 from jax.sharding import PartitionSpec
 
 from conv3dt_jax import _choice, _partition, _shards
-from conv3dt_jax._cut import ROLES, Cut, agreed
+from conv3dt_jax._cut import ROLES, Cut, agreed, is_explicit
 from conv3dt_jax._geometry import Geometry
 from conv3dt_jax._slabs import WHOLE
 
@@ -150,7 +150,7 @@ def beside(vector: jax.Array, array: jax.Array, dims: Sequence[int]) -> jax.Arra
 def _explicit_mesh(operands: Sequence[jax.Array]) -> Any:
     """The mesh of operands whose types say how they are cut; None where it is left to the compiler."""
     meshes = [jax.typeof(operand).sharding.mesh for operand in operands]
-    return next((mesh for mesh in meshes if jax.sharding.AxisType.Explicit in mesh.axis_types), None)
+    return next((mesh for mesh in meshes if is_explicit(mesh)), None)
 
 
 def _equally_varying(*operands: jax.Array) -> Sequence[jax.Array]:

@@ -68,9 +68,7 @@ class Sharded:
           bias: ``(F,)``, or None where ``spec.use_bias`` is False.
           output_size: the wanted ``(D, H, W)`` of a transposed convolution, in place of an output padding.
         """
-        if self.spec.use_bias != (bias is not None):
-            missing = "missing" if bias is None else "given"
-            raise ValueError(f"`spec.use_bias={self.spec.use_bias}`, but a bias is {missing}.")
+        _operands.check_bias_given(self.spec, bias)
         self._check_devices(inputs)
         inputs, kernel = self._moved("inputs", inputs), self._moved("kernel", kernel)
         bias = None if bias is None else self._moved("bias", bias)

@@ -134,8 +134,7 @@ def _spec_of(spec: Any, kernel: jax.Array, bias: Any, given: dict[str, Any]) -> 
     for name, value in given.items():
         if value is not _DEFAULTS[name] and not (type(value) is type(_DEFAULTS[name]) and value == _DEFAULTS[name]):
             raise ValueError(f"{args.received(name, value)} is part of `spec` where that is given; set it there.")
-    if spec.use_bias != (bias is not None):
-        raise ValueError(f"`spec.use_bias={spec.use_bias}`, but a bias is {'missing' if bias is None else 'given'}.")
+    _operands.check_bias_given(spec, bias)
     return spec
 
 

@@ -134,6 +134,21 @@ def test_a_mesh_and_its_axes_belong_together(mesh, axes) -> None:
         c3t.explain((1, 8, 8, 8, 2), c3t.Conv3DTransposeSpec(2, 3), mesh=mesh, mesh_axes=axes)
 
 
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("kind", [c3t.Conv3DSpec, c3t.Conv3DTransposeSpec])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize(("groups", "cut"), [(4, "groups"), (1, "channels"), (1, "filters")])
+def test_the_shapes_of_a_device_are_those_of_the_declared_shardings(kind, strides, data_format, groups, cut) -> None:
+    spec = kind(8, 3, strides, "same", groups=groups, data_format=data_format)
+    mesh, shape = AbstractMesh((2, 2), ("g", "z")), spec.join_shape((2,), (4, 8, 6), 12)
+    axes = {cut: "g", "height": "z"}
+    plan = c3t.explain(shape, spec, platforms=["cpu"], mesh=mesh, mesh_axes=axes).mesh
+    run = c3t.sharded(mesh, spec, **axes)
+    wanted = {"inputs": shape, "kernel": spec.kernel_shape(12), "outputs": spec.output_shape(shape)}
+    found = {"inputs": plan.input_shape, "kernel": plan.kernel_shape, "outputs": plan.output_shape}
+    assert found == {name: run.sharding(name).shard_shape(size) for name, size in wanted.items()}
+
+
 def test_halos_of_a_mesh_by_hand(capsys) -> None:
     spec = c3t.Conv3DTransposeSpec(2, 4, 2, padding=1)
     mesh, axes = AbstractMesh((2, 4, 2), ("n", "z", "m")), {"batch": "n", "depth": "z", "channels": "m"}
