@@ -134,7 +134,7 @@ def _affine(axis: Any, operands: Any, dims: Any, *, form: Form) -> Any:
     else:
         y = _front(*_outputs(axis, (x, w), (xd, wd), form=sums))
     b = b[None] if bd is None else _front(b, bd)
-    b = p.beside(b, y, (0, 1 + form.filters_dim))
+    b = p.beside(b, y)
     b = lax.expand_dims(b, [dim for dim in range(1, 6) if dim != 1 + form.filters_dim])
     return (y + b).astype(form.dtypes[2]), 0
 

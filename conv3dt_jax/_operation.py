@@ -178,7 +178,7 @@ def computed(
         if bias is not None:  # rounded once, after it
             form = dataclasses.replace(form, dtypes=(form.sums, *form.dtypes[1:]))
         found = _primitives.inputs(kernel, inputs, form)
-        found = found if bias is None else plus(found, _primitives.beside(bias, found, (4,)))
+        found = found if bias is None else plus(found, _primitives.beside(bias, found))
         found = found if form.cut is None else form.cut.placed(found, "x", form)
         return (jnp.moveaxis(found, -1, 1) if channels_first else found).astype(reading.result)
     if reading.turned:

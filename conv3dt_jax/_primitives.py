@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from conv3dt_jax import _choice, _partition, _shards
 from conv3dt_jax._cut import ROLES, Cut, agreed, is_explicit
@@ -136,15 +136,11 @@ def _placed(kind: str, form: Form, *operands: jax.Array) -> tuple[Sequence[jax.A
     return _equally_varying(*operands), form
 
 
-def beside(vector: jax.Array, array: jax.Array, dims: Sequence[int]) -> jax.Array:
-    """What shall be added to an array along these dimensions, where their types say that they lie."""
-    cut = jax.typeof(array).sharding
-    if _explicit_mesh([array]) is None:
+def beside(vector: jax.Array, array: jax.Array) -> jax.Array:
+    """What shall be added to an array: whole, where types say how the array is cut, for then JAX cuts it alike."""
+    if (mesh := _explicit_mesh([array])) is None:
         return vector
-    entries = [
-        cut.spec[dim] if size > 1 else None for dim, size in zip(dims, vector.shape, strict=True)
-    ]  # fmt: skip
-    return jax.sharding.reshard(vector, cut.update(spec=PartitionSpec(*entries)))
+    return jax.sharding.reshard(vector, NamedSharding(mesh, PartitionSpec()))
 
 
 def _explicit_mesh(operands: Sequence[jax.Array]) -> Any:

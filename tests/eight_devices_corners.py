@@ -125,6 +125,24 @@ def test_a_mapped_axis_keeps_the_mesh_axes_that_it_lies_over(kind) -> None:
                     assert jax.tree.leaves(got)[0].sharding.is_equivalent_to(NamedSharding(on, P(*first)), 6)
 
 
+@pytest.mark.parametrize("entries", [(None, "a"), (None, None, "a")], ids=["batch", "depth"])
+def test_a_mapped_axis_that_is_whole_leaves_what_is_cut_where_it_is(entries) -> None:
+    spec, on = T(2, 2, use_bias=False), mesh(kind=EXPLICIT)
+    x, w, _ = operands(spec, (8, 4, 4))
+    run = jax.vmap(lambda x, w: c3t.apply({"kernel": w}, x, spec), (0, None))
+    compiled = jax.jit(run).lower(put(on, jnp.stack([x, 2 * x]), *entries), put(on, w)).compile()
+    assert collectives(compiled) == {}
+
+
+def test_arrays_that_lie_nowhere_in_particular_are_cut_in_a_program() -> None:
+    spec = T(3, 2, "same")
+    x, w, b = operands(spec, (8, 4, 4))
+    run = c3t.sharded(mesh(), spec, depth="a")
+    found = jax.jit(run)(x, w, b)  # no mesh is set
+    assert found.sharding.is_equivalent_to(run.sharding("outputs"), 5)
+    check(found, call(spec, x, w, b))
+
+
 @KINDS
 def test_per_example_gradients_of_cut_examples(kind) -> None:
     spec, on = T(3, 2, "same", use_bias=False), mesh(kind=kind)

@@ -153,10 +153,11 @@ def test_only_halos_travel_in_training(spec, kind) -> None:
 
     x = jax.device_put(x, run.sharding("inputs"))
     with jax.set_mesh(run.mesh):
-        compiled = jax.jit(jax.grad(loss, (0, 1)), compiler_options=QUICK).lower(x, w, b).compile()
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK).lower(x, w, b).compile()
     found = collectives(compiled)
     assert set(found) == {"collective-permute", "all-reduce"}
-    assert all(np.prod(shape) == w.size for shape in found["all-reduce"])  # the kernel's gradient alone is summed up
+    assert {int(np.prod(shape)) for shape in found["all-reduce"]} == {w.size, b.size}  # the gradients alone
+    check_plan(c3t.explain(x.shape, spec, platforms=["cpu"], mesh=run.mesh, mesh_axes=run.mesh_axes).mesh, compiled, b)
     assert compiled.output_shardings[0].is_equivalent_to(run.sharding("inputs"), 5)
 
 
