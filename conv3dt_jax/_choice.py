@@ -2,9 +2,12 @@
 
 "auto" decides per platform when a module is compiled for it, so that one exported module serves all of them:
 
-- GPU and TPU: `matmul` where nothing overlaps (every effective kernel <= its stride), one product and no work on zeros;
-  `dilated` elsewhere, which their compilers hand to convolution hardware; integers and complex numbers, which those
-  libraries do not take, go to `phases`.
+- NVIDIA GPUs of compute capability 9 (H100, H200: "hopper"): `pallas`, for floating-point numbers that are summed in
+  float32, where channels are mixed. XLA hands a transposed convolution to cuDNN with its inputs stuffed with zeros, in
+  float32 and with the channels moved, and takes 24 to 600 times as long (`benchmarks/NOTES.md`).
+- other GPUs and TPU, modules that are exported, and what `pallas` does not take: `matmul` where nothing overlaps (every
+  effective kernel <= its stride), one product and no work on zeros; `dilated` elsewhere, which their compilers hand to
+  convolution hardware; integers and complex numbers, which those libraries do not take, go to `phases`.
 - CPU, where XLA runs a dilated convolution as a scalar loop: one of the matrix lowerings, by the cost rule below. Both
   gradients are those of `phases` or `winograd`; `winograd` is in question where floating-point numbers are summed in
   float32 at the default precision. A strided convolution whose blocks would be short is `dilated`.
@@ -32,12 +35,18 @@ import jax.numpy as jnp
 
 from conv3dt_jax import _slabs
 from conv3dt_jax._geometry import Geometry, turned
-from conv3dt_jax.lowerings import LOWERINGS, _adjoint, _side_by_side, matmul, winograd
+from conv3dt_jax.lowerings import LOWERINGS, _adjoint, _side_by_side, _triton, matmul, pallas, winograd
 from conv3dt_jax.lowerings._tiles import plus, tile_bytes
 from conv3dt_jax.lowerings._turn import turned_kernel
 from conv3dt_jax.lowerings._work import GRADIENTS, Call, nanoseconds
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+"""Those of JAX."""
+
+HOPPER = "hopper"
+"""The platform "cuda" where the GPUs are of compute capability 9 and Pallas may be used."""
+
+GPUS = ("cuda", HOPPER, "rocm", "gpu")
 
 FEWER = 4
 """Times as many filters as channels from which gradients without strides are computed from the inputs' side."""
@@ -87,6 +96,11 @@ def _from_the_outputs(form: Any) -> Any:
     return dataclasses.replace(form, geometry=tuple(axes), **sides, channels_first=False)
 
 
+def platform_of(name: str, exporting: bool = False) -> str:
+    """The platform to choose for: `HOPPER` where it is one. Exported modules hold nothing that JAX may change."""
+    return HOPPER if name in ("cuda", "gpu") and not exporting and _triton.is_hopper() else name
+
+
 def choose(kind: str, platform: str, form: Any, batch: Any) -> str:
     """The lowering that "auto" means for a primitive on a platform; ``batch`` may be symbolic."""
     return decide(kind, platform, form, batch)[0]
@@ -98,6 +112,8 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
     if not all(isinstance(axis.out, int) for axis in geometry):
         return "dilated", "the spatial sizes are not known when it is traced"
     overlaps = any(axis.overlaps for axis in geometry)
+    if platform == HOPPER and _may_gather(form, batch):
+        return "pallas", "gathered products: nothing is laid out, and no stuffed zeros"
     if platform != "cpu":
         if not overlaps:
             return "matmul", "no outputs overlap: one product, no zeros"
@@ -121,6 +137,13 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
     costs = {name: cost(name, call, gradients=GRADIENTS[kind], bfloat16=bfloat16) for name in names}
     name = min(costs, key=lambda name: costs[name] / (WORTH if name == "winograd" else 1))
     return name, " against ".join(f"{name} {ns / 1e6:.2g} ms" for name, ns in costs.items()) + " by the cost rule"
+
+
+def _may_gather(form: Any, batch: Any) -> bool:
+    """Whether `pallas` can do it."""
+    if pallas.refusal(form.geometry, form.sums) is not None or not isinstance(batch, int):
+        return False
+    return pallas.takes(Call.of(form, batch, 0), form.dtypes, form.precision)
 
 
 def _has_short_products(form: Any, call: Call) -> bool:
@@ -198,6 +221,8 @@ def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
     static: dict[str, Any] = {
         "groups": form.groups, "precision": form.precision, "accumulate": sums, "tile_bytes": room
     }  # fmt: skip
+    if name == "pallas":
+        static["interpret"] = platform not in GPUS
     moved = form.channels_first and name not in _EITHER_LAYOUT
     if form.channels_first and not moved:
         static["channels_first"] = True

@@ -73,7 +73,7 @@ def explain(
     *,
     dtype: DTypeLike = jnp.float32,
     output_size: Sequence[int] | None = None,
-    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    platforms: Sequence[str] = ("cpu", "cuda", "hopper", "tpu"),
     mesh: Mesh | AbstractMesh | None = None,
     mesh_axes: MeshAxes | Mapping[str, Any] | None = None,
 ) -> Explanation:
@@ -84,7 +84,7 @@ def explain(
       spec: the operation.
       dtype: of the inputs and the kernel.
       output_size: as in `apply`.
-      platforms: of "cpu", "cuda", "rocm" and "tpu".
+      platforms: of "cpu", "cuda", "hopper" (NVIDIA GPUs of compute capability 9), "rocm" and "tpu".
       mesh: of devices, which need not be there: a `jax.sharding.AbstractMesh` does as well.
       mesh_axes: over which of its axes the dimensions are cut, as in `sharded`: a `MeshAxes`, or a dict such as
         ``{"batch": "data", "depth": "z"}``.
@@ -123,7 +123,7 @@ def explain(
     """
     check_spec(spec)
     for platform in platforms:
-        args.choice("platforms", platform, _choice.PLATFORMS)
+        args.choice("platforms", platform, (*_choice.PLATFORMS, _choice.HOPPER))
     shape = args.shape("input_shape", input_shape)
     batch_dims, spatial, channels = spec.split_shape(shape)
     kernel_shape = spec.kernel_shape(channels)

@@ -33,6 +33,7 @@ from conv3dt_jax import _choice, _partition, _shards
 from conv3dt_jax._cut import ROLES, Cut, agreed, is_explicit
 from conv3dt_jax._geometry import Geometry
 from conv3dt_jax._slabs import WHOLE
+from conv3dt_jax.lowerings import _triton
 
 Shape = tuple[Any, ...]
 
@@ -178,7 +179,9 @@ def _define(name: str, result: Callable[..., Any], multiple: bool = False) -> Pr
         return results if multiple else results[0]
 
     primitive.def_abstract_eval(abstract)
-    primitive.def_impl(lambda *operands, form: _run(form)(name, jax.default_backend(), form, *operands))
+    primitive.def_impl(
+        lambda *operands, form: _run(form)(name, _choice.platform_of(jax.default_backend()), form, *operands)
+    )
     mlir.register_lowering(primitive, _lowering(name, "default", multiple))
     _partition.tell_devices(primitive)
     for platform in _choice.PLATFORMS:
@@ -189,9 +192,9 @@ def _define(name: str, result: Callable[..., Any], multiple: bool = False) -> Pr
 def _lowering(name: str, platform: str, multiple: bool) -> Any:
     """Lowers by tracing: for one device, for the partitioner, or for the shards of a form that is cut."""
 
-    def rule(compute: Callable[..., Any]) -> Any:
+    def rule(compute: Callable[..., Any], own: str) -> Any:
         def run(*operands: jax.Array, form: Form) -> Any:
-            return compute(name, platform, form, *operands)
+            return compute(name, own, form, *operands)
 
         return mlir.lower_fun(run, multiple_results=multiple)
 
@@ -200,7 +203,9 @@ def _lowering(name: str, platform: str, multiple: bool) -> Any:
             avals = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
             ctx = ctx.replace(avals_in=avals)
         compute = _partition.partitioned if form.cut is None and _partition.is_asked(ctx) else _run(form)
-        return rule(compute)(ctx, *operands, form=form)
+        exporting = ctx.module_context.lowering_parameters.for_export
+        with _triton.without_notice():
+            return rule(compute, _choice.platform_of(platform, exporting))(ctx, *operands, form=form)
 
     return lower
 

@@ -5,6 +5,8 @@ Each has `outputs`, `gradients`, `work` (what 0, 1 or 2 gradients cost; 0 is the
 
 from types import ModuleType
 
-from conv3dt_jax.lowerings import dilated, matmul, phases, winograd
+from conv3dt_jax.lowerings import dilated, matmul, pallas, phases, winograd
 
-LOWERINGS: dict[str, ModuleType] = {"dilated": dilated, "matmul": matmul, "phases": phases, "winograd": winograd}
+LOWERINGS: dict[str, ModuleType] = {
+    "dilated": dilated, "matmul": matmul, "phases": phases, "winograd": winograd, "pallas": pallas
+}  # fmt: skip
