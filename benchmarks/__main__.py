@@ -7,9 +7,9 @@ import pathlib
 from collections.abc import Sequence
 
 from benchmarks import report, suites
-from benchmarks.cases import CASES, CONVOLUTIONS, KINDS
-from benchmarks.contestants import NETWORKS, contestants
-from benchmarks.pool import ALLOCATORS
+from benchmarks.cases import CASES, CONVOLUTIONS, GPU_CASES, KINDS
+from benchmarks.contestants import NETWORKS, contestants, gpu_contestants
+from benchmarks.pool import ALLOCATORS, DEVICES
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -20,7 +20,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--convolutions", action="store_true", help="ordinary convolutions instead of transposed ones")
     what.add_argument("--volume", action="store_true", help="time against volume instead of the cases")
     what.add_argument("--report", nargs="+", type=pathlib.Path, metavar="JSON", help="tables and plots of stored runs")
-    parser.add_argument("--cases", nargs="+", choices=[case.name for case in (*CASES, *CONVOLUTIONS)], metavar="CASE")
+    parser.add_argument(
+        "--cases", nargs="+", choices=[case.name for case in (*CASES, *CONVOLUTIONS, *GPU_CASES)], metavar="CASE"
+    )
+    parser.add_argument(
+        "--platform", choices=list(DEVICES), default="cpu", help="gpu: cases that fill one, in under 8 minutes"
+    )
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which no case is begun")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help="ours is always among them")
     parser.add_argument("--rounds", type=int, default=5)
@@ -34,7 +40,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     if not args.report:
-        known = NETWORKS if args.network else contestants()
+        known = NETWORKS if args.network else gpu_contestants() if args.platform == "gpu" else contestants()
         unknown = set(args.contestants or ()) - set(known)
         if unknown:
             parser.error(f"unknown --contestants {' '.join(sorted(unknown))}; there are {' '.join(known)}")
@@ -46,6 +52,7 @@ def main() -> None:
     if args.list:
         print("cases:", *(case.name for case in CASES))
         print("convolutions:", *(case.name for case in CONVOLUTIONS))
+        print("cases of a GPU:", *(case.name for case in GPU_CASES))
         print("contestants:", *contestants())
         return
     files = args.report or suites.run(args)

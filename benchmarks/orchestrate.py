@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import pathlib
@@ -22,6 +23,7 @@ vary little."""
 PARTS = ("output", "inputs_gradient", "kernel_gradient")
 
 Record = dict[str, Any]
+Stages = Sequence[Sequence[Sequence[str]]]
 Skip = Callable[[Case, str, str], str | None]
 """``(case, kind, contestant)`` to the reason why it is not measured, or None."""
 
@@ -36,13 +38,18 @@ class Progress(Protocol):
 
 @dataclasses.dataclass
 class Session:
-    """The workers of one run. A contestant ``patience`` times slower than the quickest gets no more rounds."""
+    """The workers of one run. A contestant ``patience`` times slower than the quickest gets no more rounds.
+
+    Contestants are prepared one after the other; or by ``stages``, of lanes that go side by side, of names in turn: on
+    a GPU most of the time goes into compilation, and into trying kernels, beside which nothing else may compute.
+    """
 
     workers: dict[str, Worker]
     reference: Worker | None
     rounds: int
     progress: Progress
     patience: float = float("inf")
+    stages: Stages | None = None
     rng: random.Random = dataclasses.field(default_factory=lambda: random.Random(0))
 
     def measure(self, case: Case, kinds: Sequence[str], skip: Skip | None = None) -> list[Record]:
@@ -62,20 +69,31 @@ class Session:
                         worker.ask("drop", name=case.name)
 
     def _prepare(self, case: Case, kind: str, skip: Skip | None) -> list[Record]:
-        expected = self._expected(case, kind)
-        records = []
-        for name, worker in self.workers.items():
-            record: Record = {"case": case.name, "kind": kind, "contestant": name, "status": "ok", "seconds": []}
-            reason = skip(case, kind, name) if skip else None
-            if reason:
-                record |= {"status": "skipped", "reason": reason}
-            else:
-                record |= asked(worker, "prepare", fields=case.as_dict(), kind=kind)
+        found: dict[str, Any] = {}
+
+        def prepare(names: Sequence[str]) -> None:
+            for name in names:
+                if name == REFERENCE:
+                    found[name] = self._expected(case, kind)
+                elif name in self.workers:
+                    found[name] = self._one(case, kind, name, skip)
+                    self.progress.update()
+
+        for lanes in self.stages or [[(REFERENCE, *self.workers)]]:
+            with concurrent.futures.ThreadPoolExecutor(len(lanes)) as pool:
+                list(pool.map(prepare, lanes))
+        expected = found.pop(REFERENCE, None)
+        for record in found.values():
             samples = record.pop("samples", None)
             record["errors"] = errors(samples, expected) if samples and expected else None
-            records.append(record)
-            self.progress.update()
-        return records
+        return [found[name] for name in self.workers]
+
+    def _one(self, case: Case, kind: str, name: str, skip: Skip | None) -> Record:
+        record: Record = {"case": case.name, "kind": kind, "contestant": name, "status": "ok", "seconds": []}
+        reason = skip(case, kind, name) if skip else None
+        if reason:
+            return record | {"status": "skipped", "reason": reason}
+        return record | asked(self.workers[name], "prepare", fields=case.as_dict(), kind=kind)
 
     def _expected(self, case: Case, kind: str) -> list[list[float]] | None:
         if self.reference is None:
@@ -148,14 +166,16 @@ def session(
     *,
     compare: bool = True,
     patience: float = float("inf"),
+    device: str = "cpu",
+    stages: Stages | None = None,
 ) -> Iterator[Session]:
     """A session whose workers end with it."""
     log = out / "workers.log"
     wanted = {**names, **({REFERENCE: SPECIAL[REFERENCE]} if compare else {})}
-    workers = {name: Worker(name, *where, allocator, log) for name, where in wanted.items()}
+    workers = {name: Worker(name, *where, allocator, log, device) for name, where in wanted.items()}
     reference = workers.pop(REFERENCE, None)
     try:
-        yield Session(workers, reference, rounds, progress, patience)
+        yield Session(workers, reference, rounds, progress, patience, stages)
     finally:
         for worker in (*workers.values(), *([reference] if reference else [])):
             worker.stop()

@@ -25,6 +25,17 @@ ALLOCATORS = {
 }
 """glibc's tunables. "keep": freed pages stay in the heap, where the next call finds them already mapped."""
 
+DEVICES = {
+    "cpu": {"JAX_PLATFORMS": "cpu", "BENCHMARK_DEVICE": "cpu", "BENCHMARK_QUEUE": ""},
+    "gpu": {
+        "JAX_PLATFORMS": "cuda",
+        "BENCHMARK_DEVICE": "cuda",
+        "BENCHMARK_QUEUE": "1",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    },
+}
+"""What tells a process where to compute. On a GPU several share the memory."""
+
 REST = 0.02
 """Seconds before a call is timed: the threads of the one before it stop spinning."""
 
@@ -38,13 +49,15 @@ class WorkerDiedError(Exception):
 class Worker:
     """One process; started when first asked, and again after it died."""
 
-    def __init__(self, name: str, module: str, variant: str, allocator: str, log: pathlib.Path) -> None:
+    def __init__(
+        self, name: str, module: str, variant: str, allocator: str, log: pathlib.Path, device: str = "cpu"
+    ) -> None:
         self.name, self.missing = name, ""
         self._command = [sys.executable, "-m", "benchmarks.worker", module, variant]
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._environment = {
-            "JAX_PLATFORMS": "cpu",
+            **DEVICES[device],
             "KERAS_BACKEND": "jax",
             "TF_CPP_MIN_LOG_LEVEL": "2",
             **os.environ,

@@ -12,7 +12,7 @@ from benchmarks.contestants import FLOOR, LAX, OTHER_FRAMEWORKS, OURS, TORCH
 from benchmarks.orchestrate import Record
 
 Run = dict[str, Any]
-ROUNDING = {"float32": 1e-4, "bfloat16": 3e-2}
+ROUNDING = {"float32": 1e-4, "bfloat16": 3e-2, "tf32": 3e-3}
 """Relative errors that summation in another order, or rounding of the result, explains."""
 
 TITLES = {
@@ -21,6 +21,7 @@ TITLES = {
     "convolutions": "Ordinary convolutions",
     "network": "A training step of the demo's U-Net",
     "volume": "Time against volume",
+    "gpu": "Cases on a GPU",
 }
 
 
@@ -132,7 +133,7 @@ def memory(results: Results, kind: str) -> str:
 
 def correctness(results: Results) -> str:
     """Per contestant: the largest error over all cases, per dtype, and where it is not compared."""
-    dtypes = {case["name"]: case["dtype"] for case in results.run["cases"]}
+    dtypes = {case["name"]: numbers(case, results.run["suite"]) for case in results.run["cases"]}
     kinds = sorted(set(dtypes.values()), reverse=True)
     rows = []
     for name in results.contestants:
@@ -146,6 +147,12 @@ def correctness(results: Results) -> str:
         rows.append([name, *cells, str(sum(not r["errors"] for r in records))])
     header = ["contestant", *(f"largest relative error, {dtype}" for dtype in kinds), "not compared"]
     return f"{table(header, rows)}\n\n{wrong(results, dtypes)}"
+
+
+def numbers(case: dict[str, Any], suite: str) -> str:
+    """What a case multiplies: its dtype, or "tf32"."""
+    tf32 = suite == "gpu" and case["dtype"] == "float32" and case["precision"] == "default"
+    return "tf32" if tf32 else case["dtype"]
 
 
 def wrong(results: Results, dtypes: dict[str, str]) -> str:
@@ -234,9 +241,10 @@ def network(results: Results) -> str:
 
 def machine(run: Run) -> str:
     facts = run["machine"]
+    gpu = "".join(f"{value}; " for value in (facts.get("gpu") or {}).values())
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return (
-        f"{facts['cpu']}, {facts['threads']} threads, {facts['memory_gib']} GiB; {facts['system']}; "
+        f"{gpu}{facts['cpu']}, {facts['threads']} threads, {facts['memory_gib']} GiB; {facts['system']}; "
         f"Python {facts['python']}; allocator: {facts['allocator']}; {run['rounds']} rounds, medians.\n\n{versions}"
     )
 

@@ -6,15 +6,28 @@ import argparse
 import json
 import math
 import pathlib
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks import machine
-from benchmarks.cases import CASES, CONVOLUTIONS, K2, K3, Case
-from benchmarks.contestants import LAX, NETWORKS, OTHER_FRAMEWORKS, OURS, contestants
-from benchmarks.orchestrate import Record, Skip, session
+from benchmarks.cases import CASES, CONVOLUTIONS, EVERY_LOWERING, GPU_CASES, K2, K3, Case
+from benchmarks.contestants import (
+    FLOOR,
+    GPU_LOWERINGS,
+    LAX,
+    NETWORKS,
+    OTHER_FRAMEWORKS,
+    OURS,
+    REFERENCE,
+    TORCH,
+    contestants,
+    gpu_contestants,
+)  # fmt: skip
+from benchmarks.orchestrate import Record, Skip, Stages, session
 
 VOLUMES = (16, 32, 64, 96, 128, 160)
 NETWORK_SIZES = (64,)
@@ -29,6 +42,8 @@ Names = Mapping[str, tuple[str, str]]
 
 def run(args: argparse.Namespace) -> list[pathlib.Path]:
     """The suites that the command line asks for; the files they were stored in."""
+    if args.platform == "gpu":
+        return [gpu(args)]
     if args.network:
         return [network(args)]
     if args.volume:
@@ -52,6 +67,17 @@ def run(args: argparse.Namespace) -> list[pathlib.Path]:
 def cases(args: argparse.Namespace, allocator: str, wanted: Sequence[str] | None) -> pathlib.Path:
     chosen = [case for case in CASES if not args.cases or case.name in args.cases]
     return _store(args, f"cases-{allocator}", chosen, args.kinds, pick(contestants(), wanted), allocator)
+
+
+def gpu(args: argparse.Namespace) -> pathlib.Path:
+    """The cases scaled up, in the queue of a GPU. What it does not reach in its time it leaves out."""
+    chosen = [case for case in GPU_CASES if not args.cases or case.name in args.cases]
+    names = pick(gpu_contestants(), args.contestants)
+    return _store(args, "gpu", chosen, args.kinds, names, "default", stages=GPU_STAGES)
+
+
+GPU_STAGES: Stages = [[(FLOOR,)], [TORCH, (OURS,)], [(REFERENCE,), (LAX,), *((name,) for name in GPU_LOWERINGS)]]
+"""The floor and PyTorch measure while they are prepared, and have the GPU for themselves but for what ours compiles."""
 
 
 def convolutions(args: argparse.Namespace) -> pathlib.Path:
@@ -82,14 +108,20 @@ def pick(known: Names, wanted: Sequence[str] | None) -> dict[str, tuple[str, str
 
 
 def _store(
-    args: argparse.Namespace, suite: str, chosen: Sequence[Case], kinds: Sequence[str], names: Names, allocator: str
+    args: argparse.Namespace,
+    suite: str,
+    chosen: Sequence[Case],
+    kinds: Sequence[str],
+    names: Names,
+    allocator: str,
+    stages: Stages | None = None,
 ) -> pathlib.Path:
     """Measures and writes after every case, so that an interrupted run keeps what it has."""
     args.out.mkdir(parents=True, exist_ok=True)
     file = pathlib.Path(args.out, f"{suite}.json")
     stored: dict[str, Any] = {
         "suite": suite,
-        "machine": machine.facts(allocator),
+        "machine": machine.facts(allocator, args.platform),
         "rounds": args.rounds,
         "contestants": list(names),
         "cases": [],
@@ -99,15 +131,30 @@ def _store(
     with (
         tqdm(total=total, unit="turn", dynamic_ncols=True) as progress,
         session(
-            names, args.rounds, allocator, args.out, progress, compare=suite != "network", patience=PATIENCE
+            names, args.rounds, allocator, args.out, progress, compare=suite != "network", patience=PATIENCE,
+            device=args.platform, stages=stages,
         ) as running,
-    ):
+    ):  # fmt: skip
+        begun = time.monotonic()
         for case in chosen:
-            records = running.measure(case, kinds, too_long(stored["results"], stored["cases"]))
+            if time.monotonic() - begun > args.seconds:
+                print(f"\nnot measured, {args.seconds:.0f} s are over: {case.name}", file=sys.stderr)
+                continue
+            records = running.measure(case, kinds, skips(suite, stored["results"], stored["cases"]))
             stored["results"] += records
             stored["cases"].append({**case.as_dict(), "outputs": case.outputs, "operand_bytes": case.operand_bytes})
             file.write_text(json.dumps(stored, indent=1))
     return file
+
+
+def skips(suite: str, results: Sequence[Record], done: Sequence[dict[str, Any]]) -> Skip | None:
+    return on_few_cases if suite == "gpu" else too_long(results, done)
+
+
+def on_few_cases(case: Case, kind: str, name: str) -> str | None:
+    """On a GPU XLA's lowerings are timed on some cases: for each it tries dozens of kernels."""
+    few = name in (LAX, *GPU_LOWERINGS) and case.name not in EVERY_LOWERING
+    return f"XLA is timed on {len(EVERY_LOWERING)} cases" if few else None
 
 
 def too_long(results: Sequence[Record], done: Sequence[dict[str, Any]]) -> Skip | None:

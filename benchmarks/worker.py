@@ -22,6 +22,9 @@ SLOW, ENDLESS = 0.5, 1.0
 """Seconds: slower calls are timed once a round; once and for all."""
 REPEATS = 3
 
+QUEUED, MOST_QUEUED = 0.008, 40
+"""Seconds of work in the queue of a device, and calls."""
+
 
 class Bench:
     """The prepared calls of one contestant."""
@@ -34,13 +37,17 @@ class Bench:
         """Compiles and calls once; the sampled results are for comparison, not the time of this call."""
         case = cases.from_dict(fields)
         prepared = self.module.prepare(case, kind, self.variant)
+        self.prepared[case.name, kind] = prepared
+        if prepared.known is not None:
+            return {"compile_seconds": 0.0, "seconds": [prepared.known], "samples": None, "facts": prepared.facts}
         started = time.perf_counter()
         results = prepared.call()
+        if prepared.wait:
+            prepared.wait(results)
         first = time.perf_counter() - started
         samples = data.sample(prepared.parts(results)) if prepared.compared else None
         del results
         data.operands.cache_clear()
-        self.prepared[case.name, kind] = prepared
         compiled = prepared.compile_seconds
         return {
             "compile_seconds": first if compiled is None else compiled,
@@ -54,8 +61,13 @@ class Bench:
 
     def run(self, name: str, kind: str) -> dict[str, Any]:
         """Times some calls after one that is not; each holds its result until its time is taken."""
-        call = self.prepared[name, kind].call
+        prepared = self.prepared[name, kind]
+        if prepared.known is not None:
+            return {"seconds": []}
+        call = prepared.call
         gc.collect()
+        if prepared.wait:
+            return {"seconds": queued(call, prepared.wait)}
         seconds: list[float] = []
         warm = _seconds(call)
         if warm > ENDLESS:
@@ -71,6 +83,25 @@ class Bench:
         if trim:  # a heap that keeps its pages would starve the other processes
             trim(0)
         return {}
+
+
+def queued(call: Any, wait: Any) -> list[float]:
+    """Seconds of a call whose work waits in the queue of a device; as many as take `QUEUED` are awaited together."""
+    wait(call())
+    started = time.perf_counter()
+    wait(call())
+    warm = time.perf_counter() - started
+    if warm > SLOW:
+        return [warm]
+    count = max(1, min(MOST_QUEUED, round(QUEUED / warm)))
+    found = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        for _ in range(count):
+            result = call()
+        wait(result)
+        found.append((time.perf_counter() - started) / count)
+    return found
 
 
 def _seconds(call: Any) -> float:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from conv3dt_jax import _arguments as args
 from conv3dt_jax._geometry import AXIS_NAMES, Axis, Geometry
 
-IMPLEMENTATIONS = ("auto", "dilated", "matmul", "phases", "winograd")
+IMPLEMENTATIONS = ("auto", "dilated", "matmul", "phases", "winograd", "pallas")
 
 
 @dataclasses.dataclass(frozen=True)

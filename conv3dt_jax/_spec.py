@@ -102,8 +102,8 @@ class Conv3DTransposeSpec(ConvolutionSpec):
       use_bias: whether `init` makes a bias and `apply` wants one.
       precision: None, "default", "high", "highest", a `jax.lax.Precision`, or a pair of them.
       preferred_element_type: dtype of sums and result; None keeps the dtype of the inputs (at least 32 bits for
+        integers) and sums 16-bit floats in float32.
       implementation: "auto" or the name of a lowering: "dilated", "matmul", "phases", "winograd", "pallas".
-        "pallas".
 
     Raises:
       TypeError: an argument of the wrong type (a float, a boolean or None for a size).

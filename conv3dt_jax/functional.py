@@ -14,7 +14,7 @@ from conv3dt_jax import _operands
 from conv3dt_jax._operation import run
 from conv3dt_jax._spec import Conv3DSpec, Conv3DTransposeSpec
 
-Implementation = Literal["auto", "dilated", "matmul", "phases", "winograd"]
+Implementation = Literal["auto", "dilated", "matmul", "phases", "winograd", "pallas"]
 
 
 def conv3d_transpose(

@@ -26,6 +26,9 @@ PEERS: dict[str, tuple[str, str]] = {
 
 TORCH = ("torch", "torch-cl")
 OTHER_FRAMEWORKS = ("tensorflow", *TORCH)
+GPU_LOWERINGS = ("dilated", "matmul", "phases", "winograd")
+"""Those that XLA compiles for a GPU; "pallas" is what "auto" takes there, and takes minutes on a CPU."""
+
 SPECIAL = {FLOOR: ("floor", ""), REFERENCE: ("reference", "")}
 
 NETWORKS: dict[str, tuple[str, str]] = {
@@ -37,9 +40,16 @@ NETWORKS: dict[str, tuple[str, str]] = {
 """Those of ``--network``: whole training steps."""
 
 
+def gpu_contestants() -> dict[str, tuple[str, str]]:
+    """Those of ``--platform gpu``."""
+    ours = {name: ("ours", name) for name in (OURS, *GPU_LOWERINGS)}
+    torch = {name: ("pytorch_device", PEERS[name][1]) for name in TORCH}
+    return {**ours, LAX: PEERS[LAX], **torch, FLOOR: ("floor_device", "")}
+
+
 def lowering_names() -> list[str]:
-    """Asked of another process: the orchestrator itself must not load JAX."""
-    code = "from conv3dt_jax.lowerings import LOWERINGS; print(*LOWERINGS)"
+    """Of a CPU; asked of another process: the orchestrator itself must not load JAX."""
+    code = "from conv3dt_jax.lowerings import LOWERINGS; print(*(name for name in LOWERINGS if name != 'pallas'))"
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
 
 

@@ -21,7 +21,8 @@ class Prepared:
 
     ``parts`` turns results into NumPy arrays in the layout of `benchmarks.data.operands`: the output and, for
     "training", the gradients of inputs and kernel. ``compile_seconds`` is None where compilation is part of the
-    first call.
+    first call. With ``wait``, a call only puts its work in the queue of a device, and ``wait`` awaits a result;
+    ``known`` is the time of what is not run.
     """
 
     call: Callable[[], Any]
@@ -29,6 +30,8 @@ class Prepared:
     compile_seconds: float | None = None
     temporary_bytes: int | None = None
     compared: bool = True
+    wait: Callable[[Any], Any] | None = None
+    known: float | None = None
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -26,6 +26,7 @@ def prepare(case: Case, kind: str, variant: str) -> Prepared:
             rhs_dilation=(case.dilation,) * 3,
             dimension_numbers=numbers,
             transpose_kernel=True,
+            precision=case.precision,
         )
 
     return _jax.prepared(case, kind, operation)

@@ -26,6 +26,7 @@ def prepare(case: Case, kind: str, variant: str) -> Prepared:
             groups=case.groups,
             data_format=case.data_format,
             implementation=implementation,
+            precision=case.precision,
         )
 
     try:

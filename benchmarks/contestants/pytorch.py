@@ -17,6 +17,8 @@ from benchmarks.contestants.base import Prepared
 
 torch.set_num_threads(len(os.sched_getaffinity(0)))
 
+DEVICE = os.environ.get("BENCHMARK_DEVICE", "cpu")
+
 KERNEL_AXES = (4, 3, 0, 1, 2)
 """Keras's ``(kd, kh, kw, F // g, C)`` to PyTorch's ``(C, F // g, kd, kh, kw)``."""
 
@@ -51,17 +53,24 @@ def convolution(case: Case, x: Any, w: Any, aligned: bool) -> Any:
 
 
 def parts(results: Any) -> list[np.ndarray]:
-    arrays = [part.detach().to(torch.promote_types(part.dtype, torch.float32)).numpy() for part in results]
+    arrays = [part.detach().to(torch.promote_types(part.dtype, torch.float32)).cpu().numpy() for part in results]
     layouts = (data.to_channels_last, data.to_channels_last, lambda w: w.transpose(2, 3, 4, 1, 0))
     return [layout(array) for layout, array in zip(layouts, arrays, strict=False)]
 
 
-def prepare(case: Case, kind: str, variant: str, dtype: Any = None, aligned: bool = False) -> Prepared:
+def operands(case: Case, variant: str, dtype: Any = None) -> tuple[Any, Any, Any]:
+    """Inputs, kernel and cotangent where they are computed with, rounded to the dtype of the case."""
     inputs, kernel, cotangent = data.operands(case)
-    arrays = (data.to_channels_first(inputs), kernel.transpose(KERNEL_AXES), data.to_channels_first(cotangent))
     memory_format = {"contiguous": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}[variant]
-    rounded = [torch.tensor(a).to(getattr(torch, case.dtype)) for a in arrays]
-    x, w, ct = (t.to(dtype or t.dtype).contiguous(memory_format=memory_format) for t in rounded)
+    placed = []
+    for array, axes in ((inputs, (0, 4, 1, 2, 3)), (kernel, KERNEL_AXES), (cotangent, (0, 4, 1, 2, 3))):
+        tensor = torch.tensor(array).to(DEVICE).to(getattr(torch, case.dtype))
+        placed.append(tensor.to(dtype or tensor.dtype).permute(axes).contiguous(memory_format=memory_format))
+    return placed[0], placed[1], placed[2]
+
+
+def prepare(case: Case, kind: str, variant: str, dtype: Any = None, aligned: bool = False) -> Prepared:
+    x, w, ct = operands(case, variant, dtype)
 
     def run() -> Any:
         return operation(case, x, w) if case.transposed else convolution(case, x, w, aligned)
