@@ -3,8 +3,8 @@
 "auto" decides per platform when a module is compiled for it, so that one exported module serves all of them:
 
 - NVIDIA GPUs of compute capability 9 (H100, H200: "hopper"): `pallas`, for floating-point numbers that are summed in
-  float32, where channels are mixed. XLA hands a transposed convolution to cuDNN with its inputs stuffed with zeros, in
-  float32 and with the channels moved, and takes 24 to 600 times as long (`benchmarks/NOTES.md`).
+  float32, but for groups of two or three channels. XLA hands a transposed convolution to cuDNN with its inputs stuffed
+  with zeros, in float32 and with the channels moved: many times slower (`benchmarks/NOTES.md`).
 - other GPUs and TPU, modules that are exported, and what `pallas` does not take: `matmul` where nothing overlaps (every
   effective kernel <= its stride), one product and no work on zeros; `dilated` elsewhere, which their compilers hand to
   convolution hardware; integers and complex numbers, which those libraries do not take, go to `phases`.

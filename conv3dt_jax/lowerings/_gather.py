@@ -136,7 +136,8 @@ def _shared(places: dict[tuple[int, int], int], neighbours: int) -> tuple[tuple[
 class Gather:
     """The whole product: its axes, samples, ``inner`` values of a term and ``outer`` columns, of each of ``groups``.
 
-    ``flat``: all terms lie side by side in a row, for short ``inner``; each axis is one piece then.
+    ``flat``: all terms lie side by side in a row, for short ``inner``; each axis is one piece then. ``each``: channels
+    are not mixed, every column meets its own value alone; there is one group of them then.
     """
 
     axes: tuple[Walk, Walk, Walk]
@@ -146,6 +147,7 @@ class Gather:
     groups: int
     flat: bool
     tile: Tile
+    each: bool = False
 
     @property
     def cells(self) -> int:
@@ -167,6 +169,8 @@ class Gather:
     @property
     def depth(self) -> int:
         """Values side by side in a row: of a term, or of all."""
+        if self.each:
+            return 1
         return self.inner * (self.terms if self.flat else 1)
 
     @property
@@ -181,6 +185,8 @@ class Gather:
     @property
     def weights(self) -> int:
         """Values of its `matrices`."""
+        if self.each:
+            return self.pieces * self.terms * self.columns
         return self.groups * self.pieces * self.columns * self.inner * self.terms
 
     @property
@@ -192,7 +198,7 @@ class Gather:
     @property
     def multiply_adds(self) -> int:
         """Those of all rows, zeros included."""
-        return self.rows // self.blocks * self.inner * self.columns
+        return self.rows // self.blocks * (1 if self.each else self.inner) * self.columns
 
     @property
     def run(self) -> int:
@@ -202,6 +208,9 @@ class Gather:
 
 def matrices(kernel: jax.Array, gather: Gather, *, adjoint: bool) -> jax.Array:
     """``(kd, kh, kw, F / G, C)`` as rows of ``depth`` values, by group, piece, term (unless flat) and column."""
+    if gather.each:
+        taps = kernel.reshape(-1, gather.columns)
+        return taps.at[_tap_places(gather.axes, kernel.shape[:3])].get(mode="fill", fill_value=0).reshape(-1)
     taps = kernel.reshape(-1, kernel.shape[3], gather.groups, gather.inner if not adjoint else gather.outer)
     found = taps.at[_tap_places(gather.axes, kernel.shape[:3])].get(mode="fill", fill_value=0)
     places = [*range(3), *range(6, 9), *range(3, 6)] if gather.flat else range(9)
@@ -318,9 +327,14 @@ def _sums(source: Any, weights: Any, gather: Gather, arithmetic: str, here: _Pla
         if gather.flat:
             a = _triton.load(source, address + (shift + across(inner)), both(valid, across(held)))
         else:
+            inner = here.columns if gather.each else inner
+            held = known if gather.each else held
             a = _triton.load(source, down(address + shift) + across(inner), both(down(valid), across(held)))
+        if gather.each:
+            b = _triton.load(weights, line * gather.columns + at + here.columns, known)
+            return sums + a.astype(jnp.float32) * across(b.astype(jnp.float32))
         b = _triton.load(weights, rows + at + across(values), both(down(known), across(held)))
-        return sums + _triton.product(a, b, arithmetic, transposed=1)
+        return _triton.add_product(sums, [a], [b], arithmetic, transposed=1)
 
     turns = blocks if gather.flat else counts[0] * counts[1] * counts[2] * blocks
     return lax.fori_loop(0, turns, add, jnp.zeros((tile.rows, tile.columns), jnp.float32))

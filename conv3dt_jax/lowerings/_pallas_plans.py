@@ -19,7 +19,7 @@ from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings import _gather, _reduce
 from conv3dt_jax.lowerings._gather import Gather, Walk
 from conv3dt_jax.lowerings._reduce import Reduce
-from conv3dt_jax.lowerings._triton import Tile, power
+from conv3dt_jax.lowerings._triton import PARTS, Tile, power
 
 SHORT, FLAT = 16, 32
 """Values of a term below which all terms lie side by side in a row, and up to which they may."""
@@ -27,8 +27,14 @@ SHORT, FLAT = 16, 32
 WIDEST, DEEPEST = 512, 2048
 """Columns of a product, and values of a flat row, beyond which cells are not made larger."""
 
+EACH = 4096
+"""Values of a tile where channels are not mixed."""
+
 PROGRAMS = 132
 """Multiprocessors to be kept busy."""
+
+READS = 2.0
+"""Times that programs read a value of the cotangent from which it is taken apart once before."""
 
 MOST_SHARES = 4 * PROGRAMS
 
@@ -72,6 +78,9 @@ def outputs_gather(
     geometry: Geometry, batch: int, channels: int, filters: int, groups: int, dtype: Any, way: str
 ) -> Gather:
     """The plan for the result: an axis in phases, or in cells of one or more inputs."""
+    if is_each(channels, filters, groups):
+        axes = [_gather.outputs_walk(axis, 0 if axis.s > 1 or axis.d > 1 else 1) for axis in geometry]
+        return _of_each(axes, batch, groups)
     choices = [(0, 1, 2, 4) if axis.s > 1 or axis.d > 1 else (1, 2, 4) for axis in geometry]
     return _cheapest(geometry, choices, _gather.outputs_walk, (batch, channels, filters, groups), dtype, way)
 
@@ -80,8 +89,20 @@ def inputs_gather(
     geometry: Geometry, batch: int, channels: int, filters: int, groups: int, dtype: Any, way: str
 ) -> Gather:
     """The plan for the gradient of the inputs: cells of one or more inputs."""
+    if is_each(channels, filters, groups):
+        return _of_each([_gather.inputs_walk(axis, 1) for axis in geometry], batch, groups)
     choices = [(1, 2, 4)] * 3
     return _cheapest(geometry, choices, _gather.inputs_walk, (batch, filters, channels, groups), dtype, way)
+
+
+def is_each(channels: int, filters: int, groups: int) -> bool:
+    """Whether channels are not mixed, by channels and filters of a group."""
+    return groups > 1 and channels == filters == 1
+
+
+def _of_each(axes: Any, batch: int, groups: int) -> Gather:
+    columns = power(groups, 16, 64)
+    return Gather(tuple(axes), batch, groups, groups, 1, False, Tile(EACH // columns, columns, 16), each=True)
 
 
 def _cheapest(
@@ -140,6 +161,11 @@ def kernel_reduce(
     geometry: Geometry, batch: int, channels: int, filters: int, groups: int, way: str
 ) -> tuple[Reduce, str]:
     """The plan for the gradient of the kernel, and its arithmetic."""
+    if is_each(channels, filters, groups):
+        columns = power(groups, 16, 64)
+        one = Reduce(geometry, batch, groups, 1, 1, _reduce.TAP, 1, Tile(1, columns, EACH // columns), each=True)
+        most = max(1, one.cells // (4 * one.tile.depth))
+        return dataclasses.replace(one, shares=max(1, min(8 * PROGRAMS // one.tiles, most))), way
     taps, last = math.prod(axis.k for axis in geometry), geometry[2]
     if taps * filters <= 128:
         line = _reduce.ALL
@@ -158,8 +184,17 @@ def kernel_reduce(
         way = "tf32" if way == "tf32" and line == _reduce.ALL else "two"
         tile = Tile(rows, columns, 32, warps=8 if rows * columns >= 128 * 128 else 4)
     one = Reduce(geometry, batch, channels, filters, groups, line, 1, tile)
+    if way in PARTS and (_reads(one) >= READS or channels * filters >= 128 * 128):
+        wide = 8 if rows * columns >= 128 * 128 else 4
+        one = dataclasses.replace(one, parts=PARTS[way], tile=Tile(rows, columns, 32, warps=wide))
     held = batch * (
         math.prod(axis.n for axis in geometry) * channels + math.prod(axis.out for axis in geometry) * filters
     )
     most = min(MOST_SHARES, one.cells // (8 * tile.depth), held * groups // (2 * one.size))
     return dataclasses.replace(one, shares=max(1, min(8 * PROGRAMS // one.tiles, most))), way
+
+
+def _reads(reduce: Reduce) -> float:
+    """How often programs read a value of the cotangent."""
+    strides = math.prod(axis.s for axis in reduce.geometry)
+    return reduce.taps / strides * reduce.sides

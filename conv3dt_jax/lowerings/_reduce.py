@@ -28,7 +28,9 @@ TAP, WIDTH, ALL = 0, 1, 3
 class Reduce:
     """Channels and filters of a group. ``line``: the axes, from the last, whose taps are on a line.
 
-    ``tile``: ``rows`` taps and filters, ``columns`` channels, ``depth`` cells at a time.
+    ``tile``: ``rows`` taps and filters, ``columns`` channels, ``depth`` cells at a time. ``parts``: of how many
+    bfloat16 each operand is the sum, where it is taken apart before, and not by every program that reads it. ``each``:
+    channels are not mixed; a tap has one filter then, for all channels of one group.
     """
 
     geometry: Geometry
@@ -39,6 +41,8 @@ class Reduce:
     line: int
     shares: int
     tile: Tile
+    parts: int = 1
+    each: bool = False
 
     @property
     def cells(self) -> int:
@@ -90,7 +94,7 @@ def run(x: jax.Array, y: jax.Array, reduce: Reduce, *, arithmetic: str, interpre
     """``(N, D, H, W, C)`` and ``(N, *out, F)`` to ``(kd, kh, kw, F / G, C)`` in float32."""
     made = _triton.launch(
         functools.partial(_program, reduce=reduce, arithmetic=arithmetic, interpret=interpret),
-        [x.reshape(-1), y.reshape(-1)],
+        [part.reshape(-1) for operand in (x, y) for part in _triton.taken_apart(operand, reduce.parts)],
         jax.ShapeDtypeStruct((reduce.shares * reduce.size,), jnp.float32),
         reduce.shares * reduce.tiles,
         reduce.tile,
@@ -114,7 +118,8 @@ class _Place:
     filters: Any
 
 
-def _program(x: Any, y: Any, made: Any, *, reduce: Reduce, arithmetic: str, interpret: bool) -> None:
+def _program(*refs: Any, reduce: Reduce, arithmetic: str, interpret: bool) -> None:
+    x, y, made = refs[: reduce.parts], refs[reduce.parts : -1], refs[-1]
     tile, sizes = reduce.tile, [axis.k for axis in reduce.geometry]
     side, rest = split(_triton.program(), reduce.sides)
     block, rest = split(rest, reduce.blocks)
@@ -129,6 +134,10 @@ def _program(x: Any, y: Any, made: Any, *, reduce: Reduce, arithmetic: str, inte
     known = None if reduce.length % tile.rows == 0 else rows < reduce.length
     shown = None if reduce.channels % tile.columns == 0 else channels < reduce.channels
     sums = _sums(x, y, reduce, arithmetic, here, known, shown)
+    if reduce.each:
+        address = (share * reduce.lines + line) * reduce.channels + channels
+        _triton.store(made, address, sums.sum(0), shown, interpret)
+        return
     lines = ((share * reduce.groups + group) * reduce.lines + line) * reduce.length
     address = (lines + down(rows)) * reduce.channels + across(channels)
     _triton.store(made, address, sums, both(down(known), across(shown)), interpret)
@@ -136,18 +145,20 @@ def _program(x: Any, y: Any, made: Any, *, reduce: Reduce, arithmetic: str, inte
 
 def _sums(x: Any, y: Any, reduce: Reduce, arithmetic: str, here: _Place, known: Any, shown: Any) -> jax.Array:
     tile, axes = reduce.tile, reduce.geometry
-    width = reduce.groups * reduce.filters
+    width = reduce.channels if reduce.each else reduce.groups * reduce.filters
     strides = [width * axes[1].out * axes[2].out, width * axes[2].out, width]
     begin = here.share * reduce.share
     own = across(here.group * reduce.channels + here.channels)
     shift = here.group * reduce.filters + (here.rows if reduce.is_run(2) else here.filters)
+    if reduce.each:
+        shift, known = here.channels, shown
     whole = reduce.shares * reduce.share == reduce.cells
 
     def add(turn: Any, sums: jax.Array) -> jax.Array:
         cells = begin + turn * tile.depth + jnp.arange(tile.depth, dtype=jnp.int32)
         inside = None if whole else cells < reduce.cells
         at = down(cells * (reduce.groups * reduce.channels)) + own
-        a = _triton.load(x, at, both(down(inside), across(shown)))
+        a = [_triton.load(part, at, both(down(inside), across(shown))) for part in x]
         sample, *corner = unravel(cells, [reduce.batch, *(axis.n for axis in axes)])
         address, valid = sample * (axes[0].out * strides[0]), inside
         across_line, apart = across(shift), None if known is None else across(known)
@@ -170,11 +181,13 @@ def _sums(x: Any, y: Any, reduce: Reduce, arithmetic: str, here: _Place, known: 
                 valid = both(valid, within(start + moved, axis.out))
             else:
                 apart = both(apart, within(down(start) + moved, axis.out))
-        b = _triton.load(y, down(address) + across_line, both(down(valid), apart))
-        return sums + _triton.product(b, a, arithmetic, transposed=0)
+        b = [_triton.load(part, down(address) + across_line, both(down(valid), apart)) for part in y]
+        if reduce.each:
+            return sums + a[0].astype(jnp.float32) * b[0].astype(jnp.float32)
+        return _triton.add_product(sums, b, a, arithmetic, transposed=0)
 
-    turns = reduce.share // tile.depth
-    return lax.fori_loop(0, turns, add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
+    turns, rows = reduce.share // tile.depth, tile.depth if reduce.each else tile.rows
+    return lax.fori_loop(0, turns, add, jnp.zeros((rows, tile.columns), jnp.float32))
 
 
 def _stays_inside(axis: Any) -> bool:

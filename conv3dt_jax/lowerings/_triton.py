@@ -149,37 +149,55 @@ def store(ref: Any, index: jax.Array, value: jax.Array, mask: Any, interpret: bo
     triton.store(ref.at[index], value.astype(ref.dtype), mask=mask)
 
 
-def product(a: jax.Array, b: jax.Array, arithmetic: str, *, transposed: int) -> jax.Array:
-    """``a @ b`` summed in float32, the operand of that number transposed.
-
-    ``arithmetic`` of float32 operands: "float32" multiplies them as they are, "tf32" rounded to 11 bits; "two" and
-    "three" write each as a sum of so many bfloat16, and leave out the products that are smaller than the rounding of
-    16, or 24, bits. Tensor cores do all but the first.
-    """
-    dims = (((0 if transposed == 0 else 1,), (1 if transposed == 1 else 0,)), ((), ()))
-    precision = lax.Precision.HIGHEST if arithmetic == "float32" else lax.Precision.DEFAULT
-
-    def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
-        return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-    count = PARTS.get(arithmetic, 1)
-    if count == 1 or a.dtype != jnp.float32:
-        return multiply(a, b)
-    parts_a, parts_b = _parts(a, count), _parts(b, count)
-    pairs = [(i, total - i) for total in reversed(range(count)) for i in range(total + 1)]
-    return functools.reduce(jnp.add, [multiply(parts_a[i], parts_b[j]) for i, j in pairs])
-
-
 PARTS = {"two": 2, "three": 3}
 
 
-def _parts(value: jax.Array, count: int) -> list[jax.Array]:
-    """A float32 as a sum of bfloat16, the largest first; what is not finite is in the first alone."""
+def add_product(
+    sums: jax.Array, a: Sequence[jax.Array], b: Sequence[jax.Array], arithmetic: str, *, transposed: int
+) -> jax.Array:
+    """``sums + a @ b`` in float32, the operand of that number transposed.
+
+    ``arithmetic`` of float32 operands: "float32" multiplies them as they are, "tf32" rounded to 11 bits; "two" and
+    "three" take each as a sum of so many bfloat16 (`parts`), and leave out the products that are smaller than the
+    rounding of the parts. Tensor cores do all but the first.
+    """
+    count = PARTS.get(arithmetic, 1)
+    if count > 1 and len(a) == 1 and a[0].dtype == jnp.float32:
+        a, b = parts(a[0], count), parts(b[0], count)
+    dims = (((0 if transposed == 0 else 1,), (1 if transposed == 1 else 0,)), ((), ()))
+    precision = lax.Precision.HIGHEST if arithmetic == "float32" else lax.Precision.DEFAULT
+    made = [
+        lax.dot_general(a[i], b[total - i], dims, precision=precision, preferred_element_type=jnp.float32)
+        for total in reversed(range(len(a)))
+        for i in range(total + 1)
+    ]  # the smallest first
+    if len(a) > 2:  # tensor cores cut what they add to a sum: a short one first
+        return sums + functools.reduce(jnp.add, made)
+    return functools.reduce(jnp.add, made, sums)
+
+
+def parts(value: jax.Array, count: int) -> list[jax.Array]:
+    """A float32 as a sum of bfloat16, the largest first; what is not finite is in the first alone. One is itself."""
+    if count == 1:
+        return [value]
     found = []
     for _ in range(count):
         part = value.astype(jnp.bfloat16)
         found.append(part)
         rest = value - part.astype(jnp.float32)
+        value = jnp.where(jnp.abs(rest) < jnp.inf, rest, 0.0)
+    return found
+
+
+def taken_apart(value: jax.Array, count: int) -> list[jax.Array]:
+    """As `parts`, outside of a kernel, where XLA would take a rounding there and back for none."""
+    if count == 1:
+        return [value]
+    found = []
+    for _ in range(count):
+        part = lax.reduce_precision(value, exponent_bits=8, mantissa_bits=7)
+        found.append(part.astype(jnp.bfloat16))
+        rest = value - part
         value = jnp.where(jnp.abs(rest) < jnp.inf, rest, 0.0)
     return found
 

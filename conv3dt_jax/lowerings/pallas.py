@@ -26,6 +26,10 @@ MOST = 2**31 - 2**24
 """Values of an array that 32-bit addresses reach, with room for those past its ends."""
 
 
+FEW = 4
+"""Channels or filters of a group below which a product is mostly padding, unless they are not mixed at all."""
+
+
 def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
     """Says why this lowering cannot take the geometry, or sums of this dtype; None where it can."""
     if not _triton.is_present():
@@ -40,7 +44,7 @@ def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
 
 
 def takes(call: Call, dtypes: Any, precision: Any) -> bool:
-    """Whether "auto" may choose it: for products, of real floating-point numbers in arrays that are not too large."""
+    """Whether "auto" may choose it: for real floating-point numbers in arrays that are not too large."""
     held = call.batch * max(
         math.prod(axis.n for axis in call.geometry) * call.channels,
         math.prod(axis.out for axis in call.geometry) * call.filters,
@@ -48,7 +52,10 @@ def takes(call: Call, dtypes: Any, precision: Any) -> bool:
     dtype = jnp.result_type(*dtypes)
     if not all(jnp.issubdtype(one, jnp.floating) for one in dtypes) or held > MOST:
         return False
-    return _pallas_plans.arithmetic_of(dtype, precision) is not None and call.groups < max(call.channels, call.filters)
+    few = min(call.channels, call.filters) // call.groups < FEW
+    if call.groups > 1 and few and not call.groups == call.channels == call.filters:
+        return False
+    return _pallas_plans.arithmetic_of(dtype, precision) is not None
 
 
 def outputs(
