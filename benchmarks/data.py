@@ -44,8 +44,8 @@ def sample(parts: Sequence[np.ndarray]) -> list[list[float]]:
     rng = np.random.default_rng(0)
     picked = []
     for part in parts:
-        positions = rng.integers(0, part.size, SAMPLES)
-        picked.append(np.asarray(part.reshape(-1)[positions], np.float64).tolist())
+        positions = np.unravel_index(rng.integers(0, part.size, SAMPLES), part.shape)
+        picked.append(np.asarray(part[positions], np.float64).tolist())
     return picked
 
 

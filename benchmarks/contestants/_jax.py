@@ -57,7 +57,7 @@ def prepared(
 
     def parts(results: Any) -> list[np.ndarray]:
         layouts = (from_own, from_own, kernel_from_own)
-        return [layout(np.asarray(part, np.float32)) for layout, part in zip(layouts, results, strict=False)]
+        return [layout(np.asarray(part.astype(jnp.float32))) for layout, part in zip(layouts, results, strict=False)]
 
     return Prepared(
         call=(lambda: compiled(*arguments)) if QUEUES else (lambda: jax.block_until_ready(compiled(*arguments))),

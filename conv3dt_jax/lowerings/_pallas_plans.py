@@ -126,17 +126,17 @@ def _cheapest(
             tile = gather_tile(columns, depth, steps, way)
             found.append(Gather(axes, batch, inner, outer, groups, flat, tile))
     small = [one for one in found if one.columns <= WIDEST and not (one.flat and one.depth > DEEPEST)]
-    return min(small or found[:1], key=lambda one: seconds(one, jnp.dtype(dtype).itemsize, way))
+    itemsize = jnp.dtype(dtype).itemsize
+    return min(small or found[:1], key=lambda one: seconds(one, itemsize, way) * (1 + one.pieces / 1000))
 
 
 def gather_tile(columns: int, depth: int, steps: int, way: str) -> Tile:
     """As measured: wide for long sums of halves; small where a program has little to do but to write."""
     if way == "half":
-        wide = power(columns, 16, 256 if steps >= 8 else 128)
-        deep = power(depth, 16, 64)
+        wide, deep = power(columns, 16, 256 if steps >= 8 else 128), power(depth, 16, 64)
         if wide == 256:
-            return Tile(128, 256, deep, warps=8)
-        return Tile(64 if wide == 128 and steps <= 2 else 128, wide, deep, warps=8 if wide == 128 and steps > 2 else 4)
+            return Tile(128, 256, deep, warps=8, stages=4 if steps >= 32 else 3)
+        return Tile(64 if wide == 128 and steps <= 2 else 128, wide, deep)
     wide, deep = power(columns, 16, 128), power(depth, 16, 32)
     if way == "tf32":
         return Tile(128, wide, deep)
@@ -163,35 +163,33 @@ def kernel_reduce(
     """The plan for the gradient of the kernel, and its arithmetic."""
     if is_each(channels, filters, groups):
         columns = power(groups, 16, 64)
-        one = Reduce(geometry, batch, groups, 1, 1, _reduce.TAP, 1, Tile(1, columns, EACH // columns), each=True)
+        one = Reduce(geometry, batch, groups, 1, 1, _reduce.TAP, 1, Tile(1, columns, EACH // 2 // columns), each=True)
         most = max(1, one.cells // (4 * one.tile.depth))
         return dataclasses.replace(one, shares=max(1, min(8 * PROGRAMS // one.tiles, most))), way
     taps, last = math.prod(axis.k for axis in geometry), geometry[2]
-    if taps * filters <= 128:
+    if taps * filters <= (256 if filters < SHORT else 128):
         line = _reduce.ALL
     elif last.k * filters <= 256 and last.d == 1 and groups == 1 and not last.wraps:
         line = _reduce.WIDTH
     else:
         line = _reduce.TAP
     length = math.prod(axis.k for axis in geometry[3 - line :]) * filters
-    rows, columns = power(length, 16, 128), power(channels, 16, 256 if way == "half" and length >= 128 else 128)
-    if way == "half":
-        tile = Tile(rows, columns, 64, warps=8 if columns == 256 else 4)
-    elif way == "three":
-        way = "three" if rows * columns >= 128 * 128 else "float32"
-        tile = Tile(rows, columns, 32, warps=8)
-    else:
-        way = "tf32" if way == "tf32" and line == _reduce.ALL else "two"
-        tile = Tile(rows, columns, 32, warps=8 if rows * columns >= 128 * 128 else 4)
-    one = Reduce(geometry, batch, channels, filters, groups, line, 1, tile)
-    if way in PARTS and (_reads(one) >= READS or channels * filters >= 128 * 128):
-        wide = 8 if rows * columns >= 128 * 128 else 4
-        one = dataclasses.replace(one, parts=PARTS[way], tile=Tile(rows, columns, 32, warps=wide))
+    rows, columns = power(length, 16, 128), power(channels, 16, 128)
+    wide = rows * columns >= 128 * 128
+    one = Reduce(geometry, batch, channels, filters, groups, line, 1, Tile(rows, columns, 64 if way == "half" else 32))
+    if way == "tf32":
+        way = "tf32" if line == _reduce.ALL else "two"
+    elif way == "three" and not wide:
+        way, one = "float32", dataclasses.replace(one, tile=dataclasses.replace(one.tile, warps=8))
+    if way in PARTS and (wide or _reads(one) >= READS):
+        one = dataclasses.replace(one, parts=PARTS[way])
+    if way == "three" or (way == "two" and wide and one.parts == 1):
+        one = dataclasses.replace(one, tile=dataclasses.replace(one.tile, warps=8))
     held = batch * (
         math.prod(axis.n for axis in geometry) * channels + math.prod(axis.out for axis in geometry) * filters
     )
-    most = min(MOST_SHARES, one.cells // (8 * tile.depth), held * groups // (2 * one.size))
-    return dataclasses.replace(one, shares=max(1, min(8 * PROGRAMS // one.tiles, most))), way
+    most = min(MOST_SHARES, one.cells // (8 * one.tile.depth), held * groups // (2 * one.size))
+    return dataclasses.replace(one, shares=max(1, min((4 if wide else 8) * PROGRAMS // one.tiles, most))), way
 
 
 def _reads(reduce: Reduce) -> float:
