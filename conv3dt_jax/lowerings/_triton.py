@@ -37,7 +37,7 @@ def is_hopper() -> bool:
         devices = jax.local_devices(backend="cuda")
     except RuntimeError:
         return False
-    return all(str(getattr(device, "compute_capability", "")).split(".")[0] == "9" for device in devices)
+    return all(str(getattr(device, "compute_capability", "")).startswith("9.") for device in devices)
 
 
 @contextlib.contextmanager
