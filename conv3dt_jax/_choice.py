@@ -3,11 +3,12 @@
 "auto" decides per platform when a module is compiled for it, so that one exported module serves all of them:
 
 - NVIDIA GPUs of compute capability 9 (H100, H200: "hopper"): `pallas`, for floating-point numbers that are summed in
-  float32, but for groups of two or three channels. XLA hands a transposed convolution to cuDNN with its inputs stuffed
-  with zeros, in float32 and with the channels moved: many times slower (`benchmarks/NOTES.md`).
-- other GPUs and TPU, modules that are exported, and what `pallas` does not take: `matmul` where nothing overlaps (every
-  effective kernel <= its stride), one product and no work on zeros; `dilated` elsewhere, which their compilers hand to
-  convolution hardware; integers and complex numbers, which those libraries do not take, go to `phases`.
+  float32, but for groups of two or three channels. XLA stuffs the inputs of a transposed convolution with zeros and
+  hands them to cuDNN in float32 with the channels moved: many times slower (`benchmarks/NOTES.md`).
+- other GPUs, modules that are exported, and what `pallas` does not take: `matmul` for results where nothing overlaps
+  (every effective kernel <= its stride), and everywhere where there are few filters; `phases` otherwise.
+- TPU: `matmul` where nothing overlaps, one product and no work on zeros; `dilated` elsewhere, which its compiler hands
+  to convolution hardware; integers and complex numbers go to `phases`.
 - CPU, where XLA runs a dilated convolution as a scalar loop: one of the matrix lowerings, by the cost rule below. Both
   gradients are those of `phases` or `winograd`; `winograd` is in question where floating-point numbers are summed in
   float32 at the default precision. A strided convolution whose blocks would be short is `dilated`.
@@ -50,6 +51,9 @@ GPUS = ("cuda", HOPPER, "rocm", "gpu")
 
 FEWER = 4
 """Times as many filters as channels from which gradients without strides are computed from the inputs' side."""
+
+FEW_FILTERS = 4
+"""Filters of a group up to which a GPU lays out the products of all taps."""
 
 FILTERED = (3, 64)
 """Channels and filters of `winograd`: fewer make up short sums and more are summed in pieces, with less rounding."""
@@ -114,6 +118,8 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
     overlaps = any(axis.overlaps for axis in geometry)
     if platform == HOPPER and _may_gather(form, batch):
         return "pallas", "gathered products: nothing is laid out, and no stuffed zeros"
+    if platform in GPUS:
+        return _of_a_gpu(kind, form, overlaps)
     if platform != "cpu":
         if not overlaps:
             return "matmul", "no outputs overlap: one product, no zeros"
@@ -137,6 +143,15 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
     costs = {name: cost(name, call, gradients=GRADIENTS[kind], bfloat16=bfloat16) for name in names}
     name = min(costs, key=lambda name: costs[name] / (WORTH if name == "winograd" else 1))
     return name, " against ".join(f"{name} {ns / 1e6:.2g} ms" for name, ns in costs.items()) + " by the cost rule"
+
+
+def _of_a_gpu(kind: str, form: Any, overlaps: bool) -> tuple[str, str]:
+    """Where `pallas` is not to be had. Never the platform's convolution: XLA stuffs it with zeros."""
+    if form.filters // form.groups <= FEW_FILTERS:
+        return "matmul", "few filters: one product for all taps"
+    if not overlaps and not GRADIENTS[kind]:
+        return "matmul", "no outputs overlap: one product, no zeros"
+    return "phases", "one gathering of patches" + (" serves both gradients" if kind == "gradients" else "")
 
 
 def _may_gather(form: Any, batch: Any) -> bool:

@@ -93,7 +93,7 @@ CONSTRUCTION = [
     ({"dtype": "float64"}, TypeError, "needs 64-bit types, which JAX has switched off"),
     ({"param_dtype": None}, TypeError, "`param_dtype=None` must be a dtype"),
     ({"precision": "best"}, ValueError, "`precision='best'` must be None, 'default', 'high', 'highest'"),
-    ({"implementation": "fastest"}, ValueError, "must be 'auto', 'dilated', 'matmul', 'phases' or 'winograd'"),
+    ({"implementation": "fastest"}, ValueError, "must be 'auto', 'dilated', 'matmul', 'phases', 'winograd' or 'pallas'"),
     ({"implementation": None}, TypeError, "`implementation=None` must be"),
     ({"activation": {"class_name": "relu", "config": {"foo": 1}}}, ValueError, "does not fit 'relu'"),
     ({"activation": {"class_name": "relu", "config": {"negative_slope": "a"}}}, ValueError, "does not fit 'relu'"),
@@ -180,7 +180,7 @@ CALLS = [
     ({"preferred_element_type": "float16"}, TypeError, "cannot hold a result of float32 inputs"),
     ({"preferred_element_type": "int32"}, TypeError, "cannot hold a result of float32 inputs"),
     ({"preferred_element_type": "bool"}, TypeError, "must be a numeric dtype"),
-    ({"implementation": "cudnn"}, ValueError, "must be 'auto', 'dilated', 'matmul', 'phases' or 'winograd'"),
+    ({"implementation": "cudnn"}, ValueError, "must be 'auto', 'dilated', 'matmul', 'phases', 'winograd' or 'pallas'"),
     ({"strides": 10**12}, ValueError, "more bytes than can be addressed; reduce `strides`"),
     ({"padding": "valid\n"}, ValueError, "`padding='valid\\n'` must be one of"),
 ]  # fmt: skip

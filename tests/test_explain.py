@@ -55,15 +55,15 @@ def test_the_numbers_of_the_definition() -> None:
     assert explained.input_bytes == 2 * math.prod(explained.input_shape)
     assert explained.kernel_bytes == 2 * math.prod(explained.kernel_shape)
     assert explained.output_bytes == 2 * math.prod(explained.output_shape)
-    assert list(explained.forward) == list(explained.gradients) == ["cpu", "cuda", "tpu"]
+    assert list(explained.forward) == list(explained.gradients) == ["cpu", "cuda", "hopper", "tpu"]
 
 
 @pytest.mark.parametrize(
     ("kernel", "strides", "dtype", "want"),
     [
-        (2, 2, "float32", {"cpu": "matmul", "cuda": "matmul", "tpu": "matmul"}),
-        (3, 2, "float32", {"cpu": "phases", "cuda": "dilated", "tpu": "dilated"}),
-        (3, 2, "int32", {"cpu": "phases", "cuda": "phases", "tpu": "phases"}),
+        (2, 2, "float32", {"cpu": "matmul", "cuda": "matmul", "hopper": "pallas", "tpu": "matmul"}),
+        (3, 2, "float32", {"cpu": "phases", "cuda": "phases", "hopper": "pallas", "tpu": "dilated"}),
+        (3, 2, "int32", {"cpu": "phases", "cuda": "phases", "hopper": "phases", "tpu": "phases"}),
     ],
 )
 def test_every_platform_has_its_lowering_and_a_reason(kernel, strides, dtype, want) -> None:
@@ -107,7 +107,7 @@ def test_a_convolution_is_explained_as_it_is_lowered(strides, forward, gradients
     assert (explained.output_shape, explained.kernel_shape) == (out, (1, 2, 3, 4, 6))
     assert explained.multiply_adds == math.prod(out[:-1]) * math.prod(explained.kernel_shape)
     assert (explained.forward["cpu"].lowering, explained.gradients["cpu"].lowering) == (forward, gradients)
-    assert (explained.forward["tpu"].lowering, explained.gradients["cuda"].lowering) == ("dilated", "dilated")
+    assert (explained.forward["tpu"].lowering, explained.gradients["tpu"].lowering) == ("dilated", "dilated")
     assert explained.gradients["cpu"].multiply_adds >= 2 * explained.multiply_adds
     compiled = jax.jit(lambda x, w: c3t.apply({"kernel": w}, x, spec)).lower(jnp.ones(shape), jnp.ones((1, 2, 3, 4, 6)))
     assert compiled.compile().cost_analysis()["flops"] < 2 * FLOPS_FACTOR * explained.forward["cpu"].multiply_adds

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from conv3dt_jax._geometry import Axis, Geometry
-from conv3dt_jax.lowerings import _gather, _reduce
-from conv3dt_jax.lowerings._gather import Gather, Walk
+from conv3dt_jax.lowerings import _reduce, _walks
+from conv3dt_jax.lowerings._gather import Gather
 from conv3dt_jax.lowerings._reduce import Reduce
 from conv3dt_jax.lowerings._triton import PARTS, Tile, power
+from conv3dt_jax.lowerings._walks import Walk
 
 SHORT, FLAT = 16, 32
 """Values of a term below which all terms lie side by side in a row, and up to which they may."""
@@ -79,10 +80,10 @@ def outputs_gather(
 ) -> Gather:
     """The plan for the result: an axis in phases, or in cells of one or more inputs."""
     if is_each(channels, filters, groups):
-        axes = [_gather.outputs_walk(axis, 0 if axis.s > 1 or axis.d > 1 else 1) for axis in geometry]
+        axes = [_walks.outputs_walk(axis, 0 if axis.s > 1 or axis.d > 1 else 1) for axis in geometry]
         return _of_each(axes, batch, groups)
     choices = [(0, 1, 2, 4) if axis.s > 1 or axis.d > 1 else (1, 2, 4) for axis in geometry]
-    return _cheapest(geometry, choices, _gather.outputs_walk, (batch, channels, filters, groups), dtype, way)
+    return _cheapest(geometry, choices, _walks.outputs_walk, (batch, channels, filters, groups), dtype, way)
 
 
 def inputs_gather(
@@ -90,9 +91,9 @@ def inputs_gather(
 ) -> Gather:
     """The plan for the gradient of the inputs: cells of one or more inputs."""
     if is_each(channels, filters, groups):
-        return _of_each([_gather.inputs_walk(axis, 1) for axis in geometry], batch, groups)
+        return _of_each([_walks.inputs_walk(axis, 1) for axis in geometry], batch, groups)
     choices = [(1, 2, 4)] * 3
-    return _cheapest(geometry, choices, _gather.inputs_walk, (batch, filters, channels, groups), dtype, way)
+    return _cheapest(geometry, choices, _walks.inputs_walk, (batch, filters, channels, groups), dtype, way)
 
 
 def is_each(channels: int, filters: int, groups: int) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from conv3dt_jax._geometry import Geometry
 from conv3dt_jax.lowerings import _triton
@@ -187,7 +186,7 @@ def _sums(x: Any, y: Any, reduce: Reduce, arithmetic: str, here: _Place, known: 
         return _triton.add_product(sums, b, a, arithmetic, transposed=0)
 
     turns, rows = reduce.share // tile.depth, tile.depth if reduce.each else tile.rows
-    return lax.fori_loop(0, turns, add, jnp.zeros((rows, tile.columns), jnp.float32))
+    return _triton.repeat(turns, add, jnp.zeros((rows, tile.columns), jnp.float32))
 
 
 def _stays_inside(axis: Any) -> bool:

@@ -149,6 +149,11 @@ def store(ref: Any, index: jax.Array, value: jax.Array, mask: Any, interpret: bo
     triton.store(ref.at[index], value.astype(ref.dtype), mask=mask)
 
 
+def repeat(turns: Any, body: Callable[[Any, jax.Array], jax.Array], sums: jax.Array) -> jax.Array:
+    """A loop whose turns are counted in 32 bits, also where JAX's integers have 64."""
+    return lax.fori_loop(0, turns, lambda turn, sums: body(lax.convert_element_type(turn, jnp.int32), sums), sums)
+
+
 PARTS = {"two": 2, "three": 3}
 
 

@@ -1,0 +1,355 @@
+"""The Pallas kernels, in the interpreter: values, gradients, rounding; what they cover; when they are chosen."""
+
+import dataclasses
+import functools
+import itertools
+import warnings
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from jax import export
+
+import conv3dt_jax as c3t
+from conv3dt_jax import _choice, _primitives, _spec
+from conv3dt_jax._geometry import Axis, resolve_axis
+from conv3dt_jax.lowerings import _pallas_plans, _reduce, _triton, _walks
+from conv3dt_jax.lowerings._triton import Tile
+from tests import oracle
+from tests.cases import CASES, Case
+
+# Every way through the kernels: short and long channels, wide products, groups, one channel in each, cells of all sizes.
+SHAPES = {
+    "one_filter": Case("", (3, 4, 2), (3, 3, 3), 20, 1, kwargs={"strides": 2, "padding": "same"}),
+    "one_channel": Case("", (3, 4, 2), (3, 3, 3), 1, 18, kwargs={"strides": 2, "padding": "same"}),
+    "no_overlap": Case("", (3, 4, 2), (2, 2, 2), 17, 33, kwargs={"strides": 2}),
+    "gaps": Case("", (3, 4, 2), (2, 1, 2), 5, 6, kwargs={"strides": 3}),
+    "overlap": Case("", (3, 4, 2), (4, 4, 4), 33, 20, kwargs={"strides": 2, "padding": "same"}),
+    "stride_one": Case("", (4, 5, 3), (3, 3, 3), 18, 18, kwargs={"padding": "same"}),
+    "dilated": Case("", (4, 5, 3), (3, 2, 3), 18, 4, kwargs={"dilation_rate": 2, "strides": (1, 3, 2)}),
+    "groups": Case("", (3, 4, 2), (3, 3, 3), 12, 24, kwargs={"strides": 2, "groups": 3}),
+    "depthwise": Case("", (3, 4, 2), (3, 4, 3), 5, 5, kwargs={"strides": (2, 2, 1), "groups": 5, "padding": "same"}),
+    "circular": Case("", (3, 4, 2), (3, 5, 4), 8, 24, kwargs={"strides": 2, "padding": "circular"}),
+    "circular_depthwise": Case("", (3, 4, 2), (3, 3, 3), 4, 4, kwargs={"groups": 4, "padding": "circular"}),
+}  # fmt: skip
+
+
+def value_and_gradients(case: Case, dtype="float32", **options):
+    """Computed by the kernels, and wanted: the result and the gradients of inputs and kernel."""
+    x, w, b = case.operands(np.float64)
+    rounded = [np.asarray(jnp.asarray(array, dtype), np.float64) for array in (x, w, b)]
+    want = oracle.conv3d_transpose(*rounded, **case.kwargs)
+    ct = np.asarray(jnp.asarray(np.random.default_rng(1).normal(size=want.shape), dtype), np.float64)
+    gradients = oracle.vjp(rounded[0], rounded[1], ct, **case.kwargs)
+    run = functools.partial(c3t.conv3d_transpose, implementation="pallas", **options, **case.kwargs)
+    arrays = [jnp.asarray(array, dtype) for array in (*rounded, ct)]
+    y, pullback = jax.vjp(run, *arrays[:3])
+    return (y, *pullback(arrays[3])[:2]), (want, *gradients)
+
+
+def errors(got, want):
+    """The largest of each part, relative to the largest value."""
+    return [
+        np.abs(np.asarray(a, np.float64) - e).max() / np.abs(e).max() for a, e in zip(got, want, strict=True)
+    ]  # fmt: skip
+
+
+@pytest.mark.thinned
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_value_and_gradients_are_those_of_the_definition(case: Case) -> None:
+    assert max(errors(*value_and_gradients(case, precision="highest"))) < 1e-6
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_way_through_the_kernels_gives_the_definition(name: str) -> None:
+    assert max(errors(*value_and_gradients(SHAPES[name], precision="highest"))) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "rounding"),
+    [
+        ("float32", None, 2e-5),  # the interpreter does not round to TF32; the kernel's gradient is made of halves
+        ("float32", "high", 2e-5),
+        ("float32", "highest", 5e-7),
+        ("bfloat16", None, 2**-7),
+        ("float16", None, 2**-10),
+    ],
+)
+@pytest.mark.parametrize("name", ["overlap", "no_overlap"])
+def test_each_precision_rounds_as_it_says(name: str, dtype: str, precision: str | None, rounding: float) -> None:
+    assert max(errors(*value_and_gradients(SHAPES[name], dtype, precision=precision))) < rounding
+
+
+def test_products_of_three_parts_round_no_more_than_those_of_float32() -> None:
+    case = dataclasses.replace(SHAPES["overlap"], channels=128, filters=128, space=(4, 4, 4))
+    x, w, _ = case.operands()
+    want = oracle.conv3d_transpose(np.asarray(x, np.float64), np.asarray(w, np.float64), **case.kwargs)
+    run = functools.partial(c3t.conv3d_transpose, precision="highest", **case.kwargs)
+    kernels, plain = (np.abs(run(x, w, implementation=name) - want).max() for name in ("pallas", "matmul"))
+    assert kernels < 2 * plain
+
+
+def test_parts_of_what_is_not_finite_are_in_the_first_alone() -> None:
+    values = jnp.asarray([1.2345678, -np.inf, np.nan, 0.0], jnp.float32)
+    for taken in (_triton.parts, _triton.taken_apart):
+        first, *rest = taken(values, 3)
+        np.testing.assert_array_equal(np.isnan(first), [False, False, True, False])
+        assert all(np.isfinite(np.asarray(part, np.float32)).all() for part in rest)
+        total = sum(np.asarray(part, np.float64) for part in (first, *rest))
+        assert abs(total[0] - np.float64(values[0])) < 2**-24
+
+
+def test_all_transformations(x64: None) -> None:
+    """In float32 though integers have 64 bits: indices keep to 32."""
+    case = SHAPES["one_filter"]
+    x, w, _ = (jnp.asarray(array, jnp.float32) for array in case.operands())
+    run = functools.partial(c3t.conv3d_transpose, implementation="pallas", precision="highest", **case.kwargs)
+    reference = functools.partial(c3t.conv3d_transpose, implementation="dilated", precision="highest", **case.kwargs)
+
+    def transformed(function):
+        energy = lambda x, w: (function(x, w) ** 2).sum()
+        return (
+            jax.jvp(energy, (x, w), (x, w))[1],
+            jax.vmap(function, (0, None))(jnp.stack([x, 2 * x]), w),
+            jax.grad(lambda x: jax.grad(energy)(x, w).sum())(x),
+            jax.grad(lambda w: jax.checkpoint(energy)(x, w))(w),
+            jax.lax.scan(lambda c, x: (c, function(x, w)), 0, jnp.stack([x, x]))[1],
+            function(x[:0], w),
+        )
+
+    for got, want in zip(transformed(run), transformed(reference), strict=True):
+        assert got.dtype == want.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5 * np.abs(want).max(initial=1))
+
+
+# What a plan covers.
+
+axes = st.builds(
+    lambda n, k, s, d, padding: resolve_axis(n, k, s, d, padding, None),
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.sampled_from(["valid", "same", "circular"]),
+).filter(lambda axis: axis.out > 0)
+
+
+def meetings(walk: _walks.Walk) -> tuple[list[int], set[tuple[int, int, int]]]:
+    """The places that are written, and all (place, place taken, tap)."""
+    written, met = [], set()
+    for q, (r, taps) in itertools.product(range(walk.cells), enumerate(walk.taps)):
+        for e in range(walk.merged):
+            place = q * walk.stride + walk.offsets[r] + e
+            if not 0 <= place < walk.length:
+                assert not walk.fills
+                continue
+            written.append(place)
+            for j in range(walk.counts[r]):
+                taken, tap = q * walk.scale + walk.first[r] + j * walk.step, taps[j][e]
+                assert not walk.stays_inside or 0 <= taken < walk.size
+                if walk.wraps:
+                    taken %= walk.size
+                if tap is not None and 0 <= taken < walk.size:
+                    met.add((place, taken, tap))
+    return written, met
+
+
+def defined(axis: Axis) -> set[tuple[int, int, int]]:
+    """All (output, input, tap) of the definition."""
+    found = set()
+    for i, t in itertools.product(range(axis.n), range(axis.k)):
+        place = i * axis.s + t * axis.d - axis.lo
+        place = place % axis.out if axis.wraps else place
+        if 0 <= place < axis.out:
+            found.add((place, i, t))
+    return found
+
+
+@given(axes, st.integers(0, 4))
+@settings(max_examples=300, deadline=None)
+def test_a_walk_to_the_outputs_meets_what_the_definition_says(axis: Axis, inputs: int) -> None:
+    written, met = meetings(_walks.outputs_walk(axis, inputs))
+    assert sorted(written) == list(range(axis.out))
+    assert met == defined(axis)
+
+
+@given(axes, st.integers(1, 4))
+@settings(max_examples=300, deadline=None)
+def test_a_walk_to_the_inputs_meets_what_the_definition_says(axis: Axis, inputs: int) -> None:
+    written, met = meetings(_walks.inputs_walk(axis, inputs))
+    assert sorted(written) == list(range(axis.n))
+    assert {(o, i, t) for i, o, t in met} == defined(axis)
+
+
+@given(
+    st.tuples(axes, axes, axes),
+    st.integers(1, 4),
+    st.sampled_from([1, 3, 16, 40, 256]),
+    st.sampled_from([1, 3, 16, 40, 256]),
+    st.sampled_from([1, 2]),
+    st.sampled_from(["half", "tf32", "two", "three"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_plans_fit_a_multiprocessor(geometry, batch, channels, filters, groups, way) -> None:
+    """Powers of two, no more than 128 sums a thread, and stages that fit its 227 KiB."""
+    sizes = (geometry, batch, channels, filters, groups)
+    dtype = jnp.bfloat16 if way == "half" else jnp.float32
+    reduce, own = _pallas_plans.kernel_reduce(*sizes, way)
+    plans = [_pallas_plans.outputs_gather(*sizes, dtype, way), _pallas_plans.inputs_gather(*sizes, dtype, way), reduce]
+    assert own in ("half", "tf32", "two", "three", "float32")
+    for plan in plans:
+        tile = plan.tile
+        assert all(size & (size - 1) == 0 for size in dataclasses.astuple(tile)[:4])
+        assert tile.rows * tile.columns <= 128 * 32 * tile.warps
+        held = (tile.rows + tile.columns) * tile.depth * jnp.dtype(dtype).itemsize * tile.stages
+        assert held * 3 // 2 <= 227 * 1024 * 3 // 2
+        assert held <= 227 * 1024
+    assert 1 <= reduce.shares <= max(1, reduce.cells)
+    assert reduce.shares * reduce.share >= reduce.cells
+
+
+def test_the_gradient_of_the_kernel_is_summed_in_shares(monkeypatch) -> None:
+    """Of cells that do not divide; and of operands that are taken apart before."""
+    case = SHAPES["overlap"]
+    plan = _pallas_plans.kernel_reduce
+
+    def shared(*arguments):
+        reduce, way = plan(*arguments)
+        return dataclasses.replace(reduce, shares=3, tile=dataclasses.replace(reduce.tile, depth=16), parts=3), way
+
+    monkeypatch.setattr(_pallas_plans, "kernel_reduce", shared)
+    jax.clear_caches()
+    got, want = value_and_gradients(case, precision="highest")
+    jax.clear_caches()
+    assert max(errors(got, want)) < 1e-6
+
+
+@pytest.mark.parametrize("line", [_reduce.TAP, _reduce.WIDTH, _reduce.ALL])
+@pytest.mark.parametrize("name", ["groups", "dilated", "circular", "gaps"])
+def test_every_line_gives_the_same_gradient(name: str, line: int) -> None:
+    case = SHAPES[name]
+    x, w, _ = case.operands()
+    spec = c3t.Conv3DTransposeSpec(case.filters, case.kernel, **case.kwargs)
+    geometry = spec.geometry(case.space)
+    ct = np.random.default_rng(1).normal(size=oracle.conv3d_transpose(x, w, **case.kwargs).shape).astype(np.float32)
+    _, want = oracle.vjp(x.astype(np.float64), w.astype(np.float64), ct.astype(np.float64), **case.kwargs)
+    g = case.groups
+    reduce = _reduce.Reduce(geometry, 2, case.channels // g, case.filters // g, g, line, 2, Tile(32, 16, 16))
+    got = _reduce.run(jnp.asarray(x), jnp.asarray(ct), reduce, arithmetic="float32", interpret=True)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+# When it is chosen.
+
+
+def form(
+    channels=8, filters=8, groups=1, dtype="float32", sums="float32", precision=None, padding="same", space=(4, 4, 4)
+):
+    spec = _spec.Conv3DTransposeSpec(filters, 3, 2, padding, groups=groups)
+    numbers = (np.dtype(jnp.dtype(dtype)),) * 3
+    return _primitives.Form(
+        spec.geometry(space), channels, filters, groups, numbers, np.dtype(sums), precision, "auto"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["outputs", "affine", "tangent", "inputs", "kernel", "gradients"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": "bfloat16"}, {"dtype": "float16"}, {"groups": 2}, {"groups": 8}, {"precision": "highest"}],
+    ids=str,
+)
+def test_hopper_gathers(kind: str, options: dict) -> None:
+    name, reason = _choice.decide(kind, "hopper", form(**options), 2)
+    assert name == "pallas"
+    assert reason
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float64", "sums": "float64"},
+        {"dtype": "int32", "sums": "int32"},
+        {"dtype": "complex64", "sums": "complex64"},
+        {"groups": 4},
+        {"channels": 8, "filters": 16, "groups": 8},
+        {"precision": jax.lax.DotAlgorithmPreset.F64_F64_F64},
+        {"space": (1024, 1024, 1024)},
+    ],
+    ids=str,
+)
+def test_hopper_leaves_to_xla_what_the_kernels_do_not_take(options: dict) -> None:
+    assert _choice.decide("outputs", "hopper", form(**options), 2)[0] in ("phases", "matmul")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_no_other_platform_gathers(platform: str) -> None:
+    assert _choice.decide("outputs", platform, form(), 2)[0] != "pallas"
+
+
+def test_without_pallas_the_choice_falls_back_and_the_name_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(_triton, "toolkit", lambda: None)
+    assert _choice.decide("outputs", "hopper", form(), 2)[0] == "phases"
+    with pytest.raises(NotImplementedError, match="this JAX has no Pallas for Triton"):
+        c3t.conv3d_transpose(jnp.ones((1, 2, 2, 2, 4)), jnp.ones((2, 2, 2, 4, 4)), implementation="pallas")
+
+
+def test_circular_convolutions_whose_stride_does_not_divide_are_refused_by_name() -> None:
+    x, w = jnp.ones((1, 5, 5, 5, 4)), jnp.ones((3, 3, 3, 4, 4))
+    with pytest.raises(NotImplementedError, match="it takes circular axes only where the stride divides the outputs"):
+        c3t.conv3d(x, w, strides=2, padding="circular", implementation="pallas")
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    x, w = jnp.ones((1, 2, 2, 2, 4)), jnp.ones((2, 2, 2, 4, 4))
+    with jax.default_matmul_precision("F64_F64_F64"), pytest.raises(NotImplementedError, match="precision"):
+        c3t.conv3d_transpose(x, w, implementation="pallas")
+
+
+def test_a_precision_is_read_as_jax_reads_it() -> None:
+    names = ["default", "high", "highest", "bfloat16_3x", "float32", "tensorfloat32", jax.lax.Precision.HIGHEST]
+    found = [_pallas_plans.arithmetic_of("float32", name) for name in names]
+    assert found == ["tf32", "two", "three", "two", "three", "two", "three"]
+    assert _pallas_plans.arithmetic_of("float32", ("default", "highest")) == "three"
+    assert _pallas_plans.arithmetic_of("bfloat16", "highest") == "half"
+    with jax.default_matmul_precision("highest"):
+        assert _pallas_plans.arithmetic_of("float32", None) == "three"
+
+
+def lowered(run, *arrays) -> str:
+    try:
+        return jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    except RuntimeError as error:
+        if "No supported GPU devices" in str(error):
+            pytest.skip("this JAX lowers kernels only beside a GPU")
+        raise
+
+
+def test_on_hopper_a_program_is_three_kernels_and_no_convolution(monkeypatch) -> None:
+    """Without a word on how long this part of Pallas will be there."""
+    monkeypatch.setattr(_triton, "is_hopper", lambda: True)
+    x, w = jnp.ones((2, 4, 4, 4, 16)), jnp.ones((3, 3, 3, 8, 16))
+    run = functools.partial(c3t.conv3d_transpose, strides=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = lowered(lambda x, w, ct: (*jax.vjp(run, x, w)[1](ct), run(x, w)), x, w, run(x, w))
+    assert text.count("__gpu$xla.gpu.triton") == 3
+    assert "stablehlo.convolution" not in text
+    assert "stablehlo.dot_general" not in text
+
+
+def test_an_exported_module_holds_no_kernels(monkeypatch) -> None:
+    """JAX does not promise that their form will be understood later."""
+    monkeypatch.setattr(_triton, "is_hopper", lambda: True)
+    x, w = jnp.ones((2, 4, 4, 4, 16)), jnp.ones((3, 3, 3, 8, 16))
+    run = jax.jit(functools.partial(c3t.conv3d_transpose, strides=2))
+    module = export.export(run, platforms=["cpu", "cuda", "tpu"])(x, w)
+    assert "triton" not in module.mlir_module()
+    np.testing.assert_allclose(module.call(x, w), run(x, w), rtol=1e-5)
+
+
+def test_this_machine_is_told_apart() -> None:
+    gpus = [d for d in jax.devices() if d.platform == "gpu"]
+    assert _triton.is_hopper() == bool(gpus and all(str(d.compute_capability).startswith("9.") for d in gpus))
