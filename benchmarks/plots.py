@@ -18,6 +18,17 @@ MARKS: dict[str, tuple[str, str, str]] = {
 """Contestant: label, colour, marker."""
 
 
+def marks(suite: str) -> dict[str, tuple[str, str, str]]:
+    """Those of a suite: a GPU has floors of its own, and of both layouts the better of eager and compiled."""
+    if suite != "gpu":
+        return MARKS
+    _, colour, marker = MARKS[FLOOR]
+    return MARKS | {
+        "torch": ("PyTorch (best of four ways)", *MARKS["torch"][1:]),
+        FLOOR: ("bytes or products at full pace", colour, marker),
+    }
+
+
 def draw(run: dict[str, Any], out: pathlib.Path) -> pathlib.Path | None:
     """The picture of a run, or None where it has none."""
     import matplotlib as mpl
@@ -56,7 +67,7 @@ def ratios(results: Results) -> Any:
     figure, axes = _axes(results, 1.6 + 0.27 * len(results.cases), sharey=True, layout="constrained")
     for ax, kind in zip(axes, results.kinds, strict=True):
         ax.axvline(1, color="#1f6fb2", linewidth=2, label="ours")
-        for name, (label, colour, marker) in MARKS.items():
+        for name, (label, colour, marker) in marks(results.run["suite"]).items():
             points = []
             for y, case in enumerate(results.cases):
                 own, other = results.time(case, kind, OURS), _time(results, case, kind, name)

@@ -76,8 +76,9 @@ def conv3d_transpose(
       preferred_element_type: dtype of the sums and the result. None keeps the inputs' dtype, at least 32 bits wide for
         integers; float16 and bfloat16 are summed in float32 and rounded once.
       output_size: the wanted ``(D, H, W)`` of the result, in place of ``output_padding``.
-      implementation: "auto", or a lowering by name: "dilated" (one `conv_general_dilated`), "matmul", "phases", or
-        "winograd" (at most 3 inputs to an output). All give the same result within rounding.
+      implementation: "auto", or a lowering by name: "dilated" (one `conv_general_dilated`), "matmul", "phases",
+        "winograd" (at most 3 inputs to an output), or "pallas" (kernels for NVIDIA GPUs; interpreted elsewhere). All
+        give the same result within rounding.
 
     Returns:
       ``(..., D', H', W', F)``, or ``(..., F, D', H', W')`` with "channels_first".

@@ -134,7 +134,7 @@ def test_cut_channels_are_summed_up_once(name) -> None:
     assert {kind: len(shapes) for kind, shapes in found.items()} == ({"all-reduce": 1} if "channels" in name else {})
 
 
-@pytest.mark.parametrize("implementation", ["dilated", "matmul", "phases", "winograd"])
+@pytest.mark.parametrize("implementation", ["dilated", "matmul", "phases", "winograd", "pallas"])
 @pytest.mark.parametrize("spec", [T(3, 2, "same"), C(3, 1, "same")], ids=["transposed", "ordinary"])
 def test_no_lowering_gathers_and_the_result_stays_cut(spec, implementation) -> None:
     spec = dataclasses.replace(spec, implementation=implementation)

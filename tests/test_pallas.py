@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from jax import export
+from jax.sharding import PartitionSpec as P
 
 import conv3dt_jax as c3t
 from conv3dt_jax import _choice, _primitives, _spec
@@ -123,6 +124,19 @@ def test_all_transformations(x64: None) -> None:
     for got, want in zip(transformed(run), transformed(reference), strict=True):
         assert got.dtype == want.dtype == jnp.float32
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5 * np.abs(want).max(initial=1))
+
+
+def test_shard_map_with_its_checks() -> None:
+    """Under which the result of a kernel must say over which axes of the mesh it varies."""
+    case = SHAPES["overlap"]
+    x, w, _ = case.operands()
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    call = functools.partial(c3t.conv3d_transpose, implementation="pallas", precision="highest", **case.kwargs)
+    run = jax.shard_map(call, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+    want = oracle.conv3d_transpose(np.asarray(x, np.float64), np.asarray(w, np.float64), **case.kwargs)
+    _, want_gradient = oracle.vjp(np.asarray(x, np.float64), np.asarray(w, np.float64), want, **case.kwargs)
+    gradient = jax.jit(jax.grad(lambda w: (run(x, w) ** 2).sum() / 2))(jnp.asarray(w))
+    assert max(errors((jax.jit(run)(x, w), gradient), (want, want_gradient))) < 2e-6
 
 
 # What a plan covers.

@@ -143,9 +143,7 @@ def run(
     program = functools.partial(
         _program, gather=gather, arithmetic=arithmetic, has_bias=bias is not None, interpret=interpret
     )
-    made = _triton.launch(
-        program, operands, jax.ShapeDtypeStruct((math.prod(shape),), result), gather.programs, gather.tile, interpret
-    )
+    made = _triton.launch(program, operands, math.prod(shape), result, gather.programs, gather.tile, interpret)
     return made.reshape(shape)
 
 

@@ -78,22 +78,35 @@ _ARITHMETIC = {
 def outputs_gather(
     geometry: Geometry, batch: int, channels: int, filters: int, groups: int, dtype: Any, way: str
 ) -> Gather:
-    """The plan for the result: an axis in phases, or in cells of one or more inputs."""
-    if is_each(channels, filters, groups):
-        axes = [_walks.outputs_walk(axis, 0 if axis.s > 1 or axis.d > 1 else 1) for axis in geometry]
-        return _of_each(axes, batch, groups)
-    choices = [(0, 1, 2, 4) if axis.s > 1 or axis.d > 1 else (1, 2, 4) for axis in geometry]
-    return _cheapest(geometry, choices, _walks.outputs_walk, (batch, channels, filters, groups), dtype, way)
+    """The plan for the result, by channels and filters of a group."""
+    return outputs_gathers(geometry, batch, channels, filters, groups, dtype, way)[0]
 
 
 def inputs_gather(
     geometry: Geometry, batch: int, channels: int, filters: int, groups: int, dtype: Any, way: str
 ) -> Gather:
-    """The plan for the gradient of the inputs: cells of one or more inputs."""
+    """The plan for the gradient of the inputs."""
+    return inputs_gathers(geometry, batch, channels, filters, groups, dtype, way)[0]
+
+
+def outputs_gathers(
+    geometry: Geometry, batch: int, channels: int, filters: int, groups: int, dtype: Any, way: str
+) -> list[Gather]:
+    """What is in question for the result, the cheapest first: an axis in phases, or in cells of one or more inputs."""
     if is_each(channels, filters, groups):
-        return _of_each([_walks.inputs_walk(axis, 1) for axis in geometry], batch, groups)
-    choices = [(1, 2, 4)] * 3
-    return _cheapest(geometry, choices, _walks.inputs_walk, (batch, filters, channels, groups), dtype, way)
+        axes = [_walks.outputs_walk(axis, 0 if axis.s > 1 or axis.d > 1 else 1) for axis in geometry]
+        return [_of_each(axes, batch, groups)]
+    choices = [(0, 1, 2, 4) if axis.s > 1 or axis.d > 1 else (1, 2, 4) for axis in geometry]
+    return _ranked(geometry, choices, _walks.outputs_walk, (batch, channels, filters, groups), dtype, way)
+
+
+def inputs_gathers(
+    geometry: Geometry, batch: int, channels: int, filters: int, groups: int, dtype: Any, way: str
+) -> list[Gather]:
+    """What is in question for the gradient of the inputs, the cheapest first: cells of one or more inputs."""
+    if is_each(channels, filters, groups):
+        return [_of_each([_walks.inputs_walk(axis, 1) for axis in geometry], batch, groups)]
+    return _ranked(geometry, [(1, 2, 4)] * 3, _walks.inputs_walk, (batch, filters, channels, groups), dtype, way)
 
 
 def is_each(channels: int, filters: int, groups: int) -> bool:
@@ -106,14 +119,14 @@ def _of_each(axes: Any, batch: int, groups: int) -> Gather:
     return Gather(tuple(axes), batch, groups, groups, 1, False, Tile(EACH // columns, columns, 16), each=True)
 
 
-def _cheapest(
+def _ranked(
     geometry: Geometry,
     choices: Iterable[Iterable[int]],
     walk: Callable[[Axis, int], Walk],
     sizes: tuple[int, int, int, int],
     dtype: Any,
     way: str,
-) -> Gather:
+) -> list[Gather]:
     batch, inner, outer, groups = sizes
     found = []
     walks: Any = [[walk(axis, cell) for cell in cells] for axis, cells in zip(geometry, choices, strict=True)]
@@ -128,7 +141,7 @@ def _cheapest(
             found.append(Gather(axes, batch, inner, outer, groups, flat, tile))
     small = [one for one in found if one.columns <= WIDEST and not (one.flat and one.depth > DEEPEST)]
     itemsize = jnp.dtype(dtype).itemsize
-    return min(small or found[:1], key=lambda one: seconds(one, itemsize, way) * (1 + one.pieces / 1000))
+    return sorted(small or found[:1], key=lambda one: seconds(one, itemsize, way) * (1 + one.pieces / 1000))
 
 
 def gather_tile(columns: int, depth: int, steps: int, way: str) -> Tile:

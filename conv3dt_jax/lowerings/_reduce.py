@@ -94,7 +94,8 @@ def run(x: jax.Array, y: jax.Array, reduce: Reduce, *, arithmetic: str, interpre
     made = _triton.launch(
         functools.partial(_program, reduce=reduce, arithmetic=arithmetic, interpret=interpret),
         [part.reshape(-1) for operand in (x, y) for part in _triton.taken_apart(operand, reduce.parts)],
-        jax.ShapeDtypeStruct((reduce.shares * reduce.size,), jnp.float32),
+        reduce.shares * reduce.size,
+        jnp.float32,
         reduce.shares * reduce.tiles,
         reduce.tile,
         interpret,

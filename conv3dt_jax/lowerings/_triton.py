@@ -208,13 +208,20 @@ def taken_apart(value: jax.Array, count: int) -> list[jax.Array]:
 
 
 def launch(
-    program: Callable[..., None], operands: Sequence[jax.Array], result: Any, programs: int, tile: Tile, interpret: bool
+    program: Callable[..., None],
+    operands: Sequence[jax.Array],
+    size: int,
+    dtype: Any,
+    programs: int,
+    tile: Tile,
+    interpret: bool,
 ) -> jax.Array:
-    """Runs so many programs over whole arrays; the last reference is the result's."""
+    """Runs so many programs over whole arrays; the last reference is that of the result, of ``size`` values."""
+    varying = jax.typeof(operands[0]).manual_axis_type  # which mesh axes it varies over, under `jax.shard_map`
     pallas, triton = toolkit()
     return pallas.pallas_call(
         program,
-        out_shape=result,
+        out_shape=jax.ShapeDtypeStruct((size,), dtype, manual_axis_type=varying),
         grid=(programs,),
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
