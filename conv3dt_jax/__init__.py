@@ -11,7 +11,8 @@ Pure functions, parameters as pytrees, and Keras-exact layers for Flax.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from conv3dt_jax import initializers
+from conv3dt_jax import initializers, lax
+from conv3dt_jax._accelerate import Acceleration, accelerate, accelerated, restore
 from conv3dt_jax._explain import Explanation, explain
 from conv3dt_jax._mesh_plan import MeshPlan
 from conv3dt_jax._parameters import apply, init
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Acceleration",
     "Conv3D",
     "Conv3DSpec",
     "Conv3DTranspose",
@@ -40,6 +42,8 @@ __all__ = [
     "MeshAxes",
     "MeshPlan",
     "Sharded",
+    "accelerate",
+    "accelerated",
     "apply",
     "constrain",
     "constraints",
@@ -50,10 +54,12 @@ __all__ = [
     "init",
     "initializers",
     "interop",
+    "lax",
     "nnx",
     "output_shape",
     "regularization_loss",
     "regularizers",
+    "restore",
     "sharded",
     "tiled",
 ]

@@ -26,6 +26,9 @@ from conv3dt_jax.lowerings._adjoint import unwrap
 from conv3dt_jax.lowerings._transposes import transposes
 from conv3dt_jax.lowerings._work import Call, Work
 
+CONV_GENERAL_DILATED = lax.conv_general_dilated
+"""JAX's own, whatever stands in its place later (`_accelerate`)."""
+
 _DIMENSION_NUMBERS = ("NDHWC", "DHWOI", "NDHWC")
 
 
@@ -51,7 +54,7 @@ def outputs(
     del tile_bytes, result  # XLA has blocks of its own; it rounds at the end
     paddings, windows = zip(*map(_split_crop, geometry), strict=True)
     inputs, kernel = _alike(accumulate, inputs, kernel)
-    outputs = lax.conv_general_dilated(
+    outputs = CONV_GENERAL_DILATED(
         inputs,
         _grouped_kernel(jnp.flip(kernel, (0, 1, 2)), groups),
         window_strides=(1, 1, 1),

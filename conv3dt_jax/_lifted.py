@@ -1,0 +1,245 @@
+"""Calls of `jax.lax`'s convolutions with inputs that are dilated, read as transposed 3-D convolutions.
+
+    y[o] = sum_t stuffed[o + t * d - before] @ w[t],    stuffed[i * s] = x[i]
+
+is the transposed convolution with the kernel turned around, of which ``ke - 1 - before`` elements are cropped in front
+and ``ke - 1 - behind`` at the end. Where more is padded than that, the rest is zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from conv3dt_jax.functional import conv3d_transpose
+
+CONV_TRANSPOSE, CONV_GENERAL_DILATED = lax.conv_transpose, lax.conv_general_dilated
+"""JAX's own, whatever stands in their places later."""
+
+ORDINARY = "it is an ordinary convolution"
+
+LARGEST = 3
+"""Spatial dimensions."""
+
+DEFAULTS = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NHWDC", "HWDIO", "NHWDC")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call, in channels-last terms; ``reason`` says why it is left to JAX, and then the rest means nothing.
+
+    ``pads`` are added to the stuffed inputs. ``flipped``: the kernel is given as that of a correlation.
+    """
+
+    original: Callable[[], jax.Array]
+    reason: str = ""
+    lhs: Any = None
+    rhs: Any = None
+    strides: tuple[int, ...] = ()
+    pads: tuple[tuple[int, int], ...] = ()
+    dilation: tuple[int, ...] = ()
+    numbers: Any = None
+    groups: int = 1
+    flipped: bool = True
+    precision: Any = None
+    preferred: Any = None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(jnp.shape(operand) for operand in (self.lhs, self.rhs) if operand is not None)
+
+    def run(self) -> jax.Array:
+        """Computes it as a transposed 3-D convolution."""
+        dims = len(self.strides)
+        lhs_spec, _, out_spec = self.numbers
+        first = lhs_spec == out_spec == tuple(range(dims + 2))  # channels first, and nothing to move
+        kernel = self._kernel()
+        effective = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:dims], self.dilation, strict=True)]
+        crops = [(ke - 1 - a, ke - 1 - b) for ke, (a, b) in zip(effective, self.pads, strict=True)]
+        x = self.lhs if first else self.lhs.transpose(lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
+        y = conv3d_transpose(
+            _with_space(x, lifted(_space(x, first), 1), first),
+            kernel.reshape(*lifted(kernel.shape[:dims], 1), *kernel.shape[dims:]),
+            strides=lifted(self.strides, 1),
+            padding=lifted([(max(a, 0), max(b, 0)) for a, b in crops], (0, 0)),
+            dilation_rate=lifted(self.dilation, 1),
+            groups=self.groups,
+            data_format="channels_first" if first else "channels_last",
+            precision=self.precision,
+            preferred_element_type=self.preferred,
+        )
+        y = _with_space(y, lowered(_space(y, first), dims), first).astype(self.preferred or self.lhs.dtype)
+        if any(crop < 0 for pair in crops for crop in pair):
+            beyond = [(max(-a, 0), max(-b, 0), 0) for a, b in crops]
+            still = [(0, 0, 0)]
+            y = lax.pad(y, jnp.zeros((), y.dtype), [*still * 2, *beyond] if first else [*still, *beyond, *still])
+        if first:
+            return y
+        order = [0] * (dims + 2)
+        for own, at in zip((0, dims + 1, *range(1, dims + 1)), out_spec, strict=True):
+            order[at] = own
+        return y.transpose(order)
+
+    def _kernel(self) -> jax.Array:
+        """``(*taps, F / groups, C)``, of the transposed convolution."""
+        outputs, inputs, *taps = self.numbers[1]
+        kernel = self.rhs.transpose(*taps, outputs, inputs)
+        if self.flipped:
+            kernel = jnp.flip(kernel, tuple(range(len(taps))))
+        if self.groups == 1:
+            return kernel
+        *space, filters, channels = kernel.shape
+        kernel = kernel.reshape(*space, self.groups, filters // self.groups, channels)
+        return kernel.swapaxes(-3, -2).reshape(*space, filters // self.groups, self.groups * channels)
+
+
+def _space(array: jax.Array, first: bool) -> tuple[int, ...]:
+    return array.shape[2:] if first else array.shape[1:-1]
+
+
+def _with_space(array: jax.Array, space: Sequence[int], first: bool) -> jax.Array:
+    return array.reshape(*array.shape[:2], *space) if first else array.reshape(array.shape[0], *space, array.shape[-1])
+
+
+def lifted(sizes: Sequence[Any], one: Any) -> tuple[Any, ...]:
+    """Three of them: of a plane in height and width; of a line in depth, which is walked in blocks."""
+    sizes = tuple(sizes)
+    return {1: (*sizes, one, one), 2: (one, *sizes), 3: sizes}[len(sizes)]
+
+
+def lowered(sizes: Sequence[int], dims: int) -> tuple[int, ...]:
+    """The inverse of `lifted`."""
+    return {1: tuple(sizes[:1]), 2: tuple(sizes[1:]), 3: tuple(sizes)}[dims]
+
+
+def read_transposed(
+    lhs: Any, rhs: Any, strides: Any, padding: Any, rhs_dilation: Any = None, dimension_numbers: Any = None,
+    transpose_kernel: bool = False, precision: Any = None, preferred_element_type: Any = None,
+    use_consistent_padding: bool = False,
+) -> Call:  # fmt: skip
+    """A call of `jax.lax.conv_transpose`."""
+    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    consistent = {"use_consistent_padding": True} if use_consistent_padding else {}
+
+    def original() -> jax.Array:
+        meant = padding.upper() if isinstance(padding, str) else padding
+        return CONV_TRANSPOSE(
+            lhs, rhs, strides, meant, rhs_dilation, dimension_numbers, transpose_kernel, precision,
+            preferred_element_type, **consistent,
+        )  # fmt: skip
+
+    dims = lhs.ndim - 2
+    if not 1 <= dims <= LARGEST or rhs.ndim != lhs.ndim:
+        return Call(original, f"it has {dims} spatial dimensions", lhs=lhs, rhs=rhs)
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers or DEFAULTS[dims])
+    dilation = tuple(rhs_dilation or (1,) * dims)
+    taps = [rhs.shape[at] for at in numbers.rhs_spec[2:]]
+    effective = [(k - 1) * d + 1 for k, d in zip(taps, dilation, strict=True)]
+    pads = _pads(padding, effective, tuple(strides), use_consistent_padding)
+    lhs_spec, (outputs, inputs, *rest), out_spec = numbers
+    rhs_spec = (inputs, outputs, *rest) if transpose_kernel else (outputs, inputs, *rest)
+    return _checked(
+        Call(
+            original,
+            lhs=lhs,
+            rhs=rhs,
+            strides=tuple(strides),
+            pads=pads,
+            dilation=dilation,
+            numbers=(lhs_spec, rhs_spec, out_spec),
+            flipped=not transpose_kernel,
+            precision=precision,
+            preferred=preferred_element_type,
+        )
+    )
+
+
+def _pads(
+    padding: Any, effective: Sequence[int], strides: Sequence[int], consistent: bool
+) -> tuple[tuple[int, int], ...]:
+    """What is added to the stuffed inputs, before and behind."""
+    if isinstance(padding, str):
+        name = padding.upper()
+        if name not in ("SAME", "VALID"):
+            raise ValueError(f"`padding={padding!r}` must be 'SAME', 'VALID', or an int or a pair for each dimension.")
+        return tuple(_named(name, ke, s) for ke, s in zip(effective, strides, strict=True))
+    entries = tuple(padding)
+    if len(entries) != len(effective):
+        raise ValueError(f"`padding={padding!r}` must have an entry for each of {len(effective)} spatial dimensions.")
+    pairs = [(entry, entry) if isinstance(entry, int) else tuple(map(int, entry)) for entry in entries]
+    if consistent:
+        return tuple((ke - 1 - a, ke - 1 - b) for ke, (a, b) in zip(effective, pairs, strict=True))
+    return tuple((a, b) for a, b in pairs)
+
+
+def _named(name: str, ke: int, s: int) -> tuple[int, int]:
+    if name == "VALID":
+        return ke - 1, s - 1 + max(ke - s, 0)
+    before = ke - 1 if s > ke - 1 else math.ceil((ke + s - 2) / 2)
+    return before, ke + s - 2 - before
+
+
+def read_dilated(
+    lhs: Any, rhs: Any, window_strides: Any, padding: Any, lhs_dilation: Any = None, rhs_dilation: Any = None,
+    dimension_numbers: Any = None, feature_group_count: int = 1, batch_group_count: int = 1, precision: Any = None,
+    preferred_element_type: Any = None, **more: Any,
+) -> Call:  # fmt: skip
+    """A call of `jax.lax.conv_general_dilated`: ours where the inputs are dilated, and the window has no strides."""
+
+    def original() -> jax.Array:
+        return CONV_GENERAL_DILATED(
+            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
+            batch_group_count, precision, preferred_element_type, **more,
+        )  # fmt: skip
+
+    dims = getattr(lhs, "ndim", 2) - 2
+    if not 1 <= dims <= LARGEST or getattr(rhs, "ndim", 0) != dims + 2:
+        return Call(original, f"it has {dims} spatial dimensions")
+    strides = tuple(lhs_dilation or (1,) * dims)
+    if all(s == 1 for s in strides) or any(s != 1 for s in window_strides):
+        return Call(original, ORDINARY)
+    if batch_group_count != 1 or isinstance(padding, str) or any(value is not None for value in more.values()):
+        return Call(original, "it has batch groups, padding by name, or arguments that are not known", lhs=lhs, rhs=rhs)
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    return _checked(
+        Call(
+            original,
+            lhs=lhs,
+            rhs=rhs,
+            strides=strides,
+            pads=tuple((int(a), int(b)) for a, b in padding),
+            dilation=tuple(rhs_dilation or (1,) * dims),
+            numbers=tuple(numbers),
+            groups=feature_group_count,
+            precision=precision,
+            preferred=preferred_element_type,
+        )
+    )
+
+
+def _checked(call: Call) -> Call:
+    """The call, or the same with a reason why it is left to JAX, which has its errors too."""
+    lhs_spec, rhs_spec, _ = call.numbers
+    lhs, rhs = call.lhs, call.rhs
+    reason = ""
+    if lhs.dtype != rhs.dtype:
+        reason = "its operands differ in dtype"
+    elif lhs.shape[lhs_spec[1]] != rhs.shape[rhs_spec[1]] * call.groups or rhs.shape[rhs_spec[0]] % call.groups:
+        reason = "its channels do not fit"
+    elif not all(isinstance(size, int) for size in (*lhs.shape, *rhs.shape)):
+        reason = "its sizes are symbolic"
+    else:
+        sizes = zip(lhs_spec[2:], rhs_spec[2:], call.strides, call.dilation, call.pads, strict=True)
+        for at, tap, s, d, (a, b) in sizes:
+            n, ke = lhs.shape[at], (rhs.shape[tap] - 1) * d + 1
+            if n < 1 or rhs.shape[tap] < 1 or (n - 1) * s + 1 + a + b < ke or min(s, d) < 1:
+                reason = "it has an empty axis"
+            elif ke - 1 - a >= (n - 1) * s + ke or ke - 1 - b >= (n - 1) * s + ke:
+                reason = "its padding crops all inputs"
+    return dataclasses.replace(call, reason=reason) if reason else call
