@@ -47,6 +47,16 @@ class Acceleration:
     """What `accelerated` and `accelerate` give: the functions that stand for JAX's, and the calls that were met.
 
     A call is met when it is traced, not when a compiled program runs. Ordinary convolutions are not listed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import conv3dt_jax as c3t
+      >>> with c3t.accelerated() as found:
+      ...     y = jax.lax.conv_transpose(jnp.ones((1, 4, 2)), jnp.ones((3, 2, 5)), (2,), "SAME")
+      >>> found
+      <Acceleration: 1 calls accelerated, 0 left to JAX>
+      >>> found.calls[0].function, found.calls[0].shapes
+      ('conv_transpose', ((1, 4, 2), (3, 2, 5)))
     """
 
     replaced = ("jax.lax.conv_transpose", "jax.lax.conv_general_dilated")

@@ -58,6 +58,10 @@ FEW_FILTERS = 4
 FILTERED = (3, 64)
 """Channels and filters of `winograd`: fewer make up short sums and more are summed in pieces, with less rounding."""
 
+SAVED_IN_A_PLANE, WRITTEN_IN_A_PLANE, BEGUN_IN_A_PLANE = 0.4, 1.0, 3e5
+"""Nanoseconds for a value, an output and a call: in planes and lines fewer products are added up for a value, and cells
+are written in shorter rows."""
+
 SHORTEST = 256
 """Rows of a product below which XLA's convolution is quicker, where it is strided and has many channels."""
 
@@ -201,7 +205,13 @@ def cost(name: str, call: Call, *, gradients: int, bfloat16: bool = False) -> fl
     """
     work = LOWERINGS[name].work(call, gradients=gradients)
     pace = 2 if bfloat16 and name != "winograd" else 1
-    return nanoseconds(name, work.multiply_adds / pace, work.values)
+    found = nanoseconds(name, work.multiply_adds / pace, work.values)
+    if gradients or not any(axis.n == axis.k == axis.s == 1 for axis in call.geometry):
+        return found
+    if name == "matmul":
+        return found - SAVED_IN_A_PLANE * work.values
+    outputs = call.batch * math.prod(axis.out for axis in call.geometry) * call.filters
+    return found + WRITTEN_IN_A_PLANE * outputs + BEGUN_IN_A_PLANE
 
 
 def room_for(platform: str, form: Any, batch: Any) -> int:

@@ -36,8 +36,8 @@ def conv_transpose(
     It is a fractionally strided convolution: without ``transpose_kernel`` the kernel is not turned around. One and two
     spatial dimensions are lifted to three by axes of length one, which costs nothing.
 
-    One thing differs: "same" and "valid" mean what "SAME" and "VALID" mean. `jax.lax` computes something else for them,
-    without a word.
+    One thing differs: "same" and "valid" mean what "SAME" and "VALID" mean. `jax.lax` refuses them with strides, and
+    without computes something else, without a word.
 
     Args:
       lhs: the inputs, by default ``(N, W, C)``, ``(N, H, W, C)`` or ``(N, D, H, W, C)``.

@@ -57,6 +57,8 @@ FLOORS = [
     {"_arrangement", "_placement"},
     {"_operation"},
     {"_parameters", "_plans", "functional"},
+    {"_lifted"},
+    {"_accelerate", "lax"},
     {"_mesh_plan", "_slab_sizes"},
     {"_explain"},
     {"_streaming"},

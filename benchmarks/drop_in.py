@@ -1,0 +1,193 @@
+"""Times `jax.lax.conv_transpose` beside `conv3dt_jax.lax.conv_transpose`, and models with and without `accelerated`.
+
+`python -m benchmarks.drop_in`: in one process, compiled ahead, interleaved rounds, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+import conv3dt_jax as c3t
+from benchmarks import machine
+from benchmarks.report import milliseconds, table, times
+
+ROUNDS, LONG = 7, 2.0
+"""Rounds, and seconds of a call that is made in three of them only."""
+
+CALLS = {
+    "inverse short-time Fourier transform, 1-D, k1024 s256": ((8, 129, 513), (1024, 513, 1), (256,)),
+    "vocoder, 1-D, k16 s8": ((1, 1000, 512), (16, 512, 256), (8,)),
+    "wave U-Net, 1-D, k4 s2": ((4, 32000, 32), (4, 32, 32), (2,)),
+    "DCGAN, first layer, 2-D, k4 s2": ((32, 4, 4, 512), (4, 4, 512, 256), (2, 2)),
+    "DCGAN, third layer, 2-D, k4 s2": ((32, 16, 16, 128), (4, 4, 128, 64), (2, 2)),
+    "DCGAN, last layer, 2-D, k4 s2": ((32, 32, 32, 64), (4, 4, 64, 3), (2, 2)),
+    "U-Net, 2-D, k2 s2": ((4, 64, 64, 128), (2, 2, 128, 64), (2, 2)),
+    "U-Net, 2-D, k3 s2": ((1, 256, 256, 32), (3, 3, 32, 16), (2, 2)),
+    "U-Net, 3-D, k2 s2": ((1, 32, 32, 32, 64), (2, 2, 2, 64, 32), (2, 2, 2)),
+    "U-Net, 3-D, k3 s2": ((1, 32, 32, 32, 32), (3, 3, 3, 32, 32), (2, 2, 2)),
+}
+"""Inputs, kernel and strides, with "SAME" padding."""
+
+CODE = (8, 4, 4, 256)
+WIDTHS = (128, 64, 3)
+"""Of the models: a decoder from 4 x 4 to 32 x 32 pixels."""
+
+Pair = tuple[Callable[[], Any], Callable[[], Any]]
+
+
+def calls() -> Iterator[tuple[str, Pair, Pair]]:
+    """For each call the plain and the fast program: forward, and with both gradients."""
+    for name, (inputs, kernel, strides) in CALLS.items():
+        x, w = _normal(inputs, 0), _normal(kernel, 1)
+        functions = [jax.lax.conv_transpose, c3t.lax.conv_transpose]
+        ways = [lambda x, w, f=f, strides=strides: f(x, w, strides, "SAME") for f in functions]
+        yield name, *(tuple(_compiled(make(way), x, w) for way in ways) for make in (lambda f: f, _with_gradients))  # type: ignore[misc]
+
+
+def models() -> Iterator[tuple[str, Pair, Pair]]:
+    """For each framework the model as it is, and accelerated."""
+    for name, make in MODELS.items():
+        forward, parameters = make()
+        x = _normal(CODE, 0)
+
+        def training(parameters: Any, x: Any, forward: Any = forward) -> Any:
+            return jax.value_and_grad(lambda p: (forward(p, x) ** 2).mean())(parameters)
+
+        pairs = []
+        for function in (forward, training):
+            plain = _compiled(function, parameters, x)
+            with c3t.accelerated():
+                pairs.append((plain, _compiled(function, parameters, x)))
+        yield name, pairs[0], pairs[1]
+
+
+def linen() -> tuple[Callable[..., Any], Any]:
+    import flax.linen as nn
+
+    layers: list[Any] = []
+    for width in WIDTHS:
+        layers += [nn.ConvTranspose(width, (4, 4), strides=(2, 2)), nn.relu]
+    model = nn.Sequential(layers[:-1])
+    return model.apply, model.init(jax.random.key(0), jnp.ones(CODE))
+
+
+def nnx_() -> tuple[Callable[..., Any], Any]:
+    from flax import nnx
+
+    rngs, before = nnx.Rngs(0), CODE[-1]
+    layers: list[Any] = []
+    for width in WIDTHS:
+        layers += [nnx.ConvTranspose(before, width, (4, 4), strides=(2, 2), rngs=rngs), jax.nn.relu]
+        before = width
+    definition, state = nnx.split(nnx.Sequential(*layers[:-1]))
+    return lambda state, x: nnx.merge(definition, state)(x), state
+
+
+def haiku() -> tuple[Callable[..., Any], Any]:
+    import haiku as hk
+
+    def run(x: Any) -> Any:
+        layers: list[Any] = []
+        for width in WIDTHS:
+            layers += [hk.Conv2DTranspose(width, 4, stride=2), jax.nn.relu]
+        return hk.Sequential(layers[:-1])(x)
+
+    model = hk.without_apply_rng(hk.transform(run))
+    return model.apply, model.init(jax.random.key(0), jnp.ones(CODE))
+
+
+def equinox() -> tuple[Callable[..., Any], Any]:
+    import equinox as eqx
+
+    layers, before = [], CODE[-1]
+    for key, width in zip(jax.random.split(jax.random.key(0), len(WIDTHS)), WIDTHS, strict=True):
+        layers += [eqx.nn.ConvTranspose2d(before, width, 4, stride=2, padding=1, key=key), eqx.nn.Lambda(jax.nn.relu)]
+        before = width
+    parameters, static = eqx.partition(eqx.nn.Sequential(layers[:-1]), eqx.is_array)
+    return lambda p, x: jax.vmap(eqx.combine(p, static))(jnp.moveaxis(x, -1, 1)), parameters
+
+
+def keras() -> tuple[Callable[..., Any], Any]:
+    import keras
+
+    layers = [keras.layers.Conv2DTranspose(width, 4, strides=2, padding="same", activation="relu") for width in WIDTHS]
+    model = keras.Sequential([keras.Input(CODE[1:]), *layers])
+    parameters = [jnp.asarray(variable.value) for variable in model.trainable_variables]
+    return lambda p, x: model.stateless_call(p, [], x)[0], parameters
+
+
+MODELS = {"Flax Linen": linen, "Flax NNX": nnx_, "Haiku": haiku, "Equinox": equinox, "Keras": keras}
+
+
+def _normal(shape: Sequence[int], seed: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _with_gradients(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    def run(x: jax.Array, w: jax.Array) -> Any:
+        y, pullback = jax.vjp(function, x, w)
+        return y, *pullback(y)
+
+    return run
+
+
+def _compiled(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    program = jax.jit(function).lower(*arguments).compile()
+    return lambda: jax.block_until_ready(program(*arguments))
+
+
+def measure(pair: Pair) -> tuple[float, float]:
+    """Medians in seconds, of interleaved calls after one that is not timed."""
+    found: list[list[float]] = [[], []]
+    for call in pair:
+        call()
+    for round_ in range(ROUNDS):
+        for seconds, call in zip(found, pair, strict=True):
+            if round_ < 3 or max(seconds) < LONG:
+                started = time.perf_counter()
+                call()
+                seconds.append(time.perf_counter() - started)
+    return statistics.median(found[0]), statistics.median(found[1])
+
+
+def rows(entries: Iterator[tuple[str, Pair, Pair]], count: int) -> Iterator[list[str]]:
+    for name, *pairs in tqdm(entries, total=count):
+        cells = [name]
+        for pair in pairs:
+            plain, fast = measure(pair)
+            cells += [milliseconds(plain), milliseconds(fast), times(plain / fast)]
+        yield cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.drop_in", description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/bench"))
+    args = parser.parse_args()
+    heads = ["forward, JAX, ms", "ours, ms", "faster", "with gradients, JAX, ms", "ours, ms", "faster"]
+    facts = machine.facts("default")
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    parts = ["## Drop-in", f"{facts['cpu']}, {facts['threads']} threads; float32; {ROUNDS} rounds, medians.", versions]
+    with contextlib.suppress(KeyboardInterrupt):
+        parts.append(table(["`conv_transpose`", *heads], list(rows(calls(), len(CALLS)))))
+        parts.append(table(["model, a decoder of 4 x 4 to 32 x 32 pixels", *heads], list(rows(models(), len(MODELS)))))
+    text = "\n\n".join(parts) + "\n"
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "drop-in.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
