@@ -1,17 +1,20 @@
 """Times `jax.lax.conv_transpose` beside `conv3dt_jax.lax.conv_transpose`, and models with and without `accelerated`.
 
-`python -m benchmarks.drop_in`: in one process, compiled ahead, interleaved rounds, medians.
+`python -m benchmarks.drop_in`: a process for each row, compiled ahead, interleaved rounds, medians.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
+import json
 import os
 import pathlib
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -48,30 +51,32 @@ WIDTHS = (128, 64, 3)
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
-def calls() -> Iterator[tuple[str, Pair, Pair]]:
-    """For each call the plain and the fast program: forward, and with both gradients."""
-    for name, (inputs, kernel, strides) in CALLS.items():
-        x, w = _normal(inputs, 0), _normal(kernel, 1)
-        functions = [jax.lax.conv_transpose, c3t.lax.conv_transpose]
-        ways = [lambda x, w, f=f, strides=strides: f(x, w, strides, "SAME") for f in functions]
-        yield name, *(tuple(_compiled(make(way), x, w) for way in ways) for make in (lambda f: f, _with_gradients))  # type: ignore[misc]
+def pairs_of(name: str) -> tuple[Pair, Pair]:
+    """The plain and the fast program of a call or a model: forward, and with gradients."""
+    return _of_a_model(MODELS[name]) if name in MODELS else _of_a_call(*CALLS[name])
 
 
-def models() -> Iterator[tuple[str, Pair, Pair]]:
-    """For each framework the model as it is, and accelerated."""
-    for name, make in MODELS.items():
-        forward, parameters = make()
-        x = _normal(CODE, 0)
+def _of_a_call(inputs: Sequence[int], kernel: Sequence[int], strides: Sequence[int]) -> tuple[Pair, Pair]:
+    x, w = _normal(inputs, 0), _normal(kernel, 1)
+    functions: list[Callable[..., jax.Array]] = [jax.lax.conv_transpose, c3t.lax.conv_transpose]
+    plain, fast = (functools.partial(function, strides=strides, padding="SAME") for function in functions)
+    return (
+        (_compiled(plain, x, w), _compiled(fast, x, w)),
+        (_compiled(_with_gradients(plain), x, w), _compiled(_with_gradients(fast), x, w)),
+    )
 
-        def training(parameters: Any, x: Any, forward: Any = forward) -> Any:
-            return jax.value_and_grad(lambda p: (forward(p, x) ** 2).mean())(parameters)
 
-        pairs = []
-        for function in (forward, training):
-            plain = _compiled(function, parameters, x)
-            with c3t.accelerated():
-                pairs.append((plain, _compiled(function, parameters, x)))
-        yield name, pairs[0], pairs[1]
+def _of_a_model(make: Callable[[], tuple[Callable[..., Any], Any]]) -> tuple[Pair, Pair]:
+    forward, parameters = make()
+    x = _normal(CODE, 0)
+
+    def training(parameters: Any, x: Any) -> Any:
+        return jax.value_and_grad(lambda p: (forward(p, x) ** 2).mean())(parameters)
+
+    plain = [_compiled(function, parameters, x) for function in (forward, training)]
+    with c3t.accelerated():
+        fast = [_compiled(function, parameters, x) for function in (forward, training)]
+    return (plain[0], fast[0]), (plain[1], fast[1])
 
 
 def linen() -> tuple[Callable[..., Any], Any]:
@@ -163,26 +168,31 @@ def measure(pair: Pair) -> tuple[float, float]:
     return statistics.median(found[0]), statistics.median(found[1])
 
 
-def rows(entries: Iterator[tuple[str, Pair, Pair]], count: int) -> Iterator[list[str]]:
-    for name, *pairs in tqdm(entries, total=count):
-        cells = [name]
-        for pair in pairs:
-            plain, fast = measure(pair)
-            cells += [milliseconds(plain), milliseconds(fast), times(plain / fast)]
-        yield cells
+def row(name: str) -> list[str]:
+    """Measured in a process of its own: what the heap holds from others changes the time of new pages."""
+    command = [sys.executable, "-m", "benchmarks.drop_in", "--one", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    cells = [name]
+    for plain, fast in json.loads(done.stdout.splitlines()[-1]):
+        cells += [milliseconds(plain), milliseconds(fast), times(plain / fast)]
+    return cells
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drop_in", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/bench"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.one:
+        print(json.dumps([measure(pair) for pair in pairs_of(args.one)]))
+        return
+    rows = {name: row(name) for name in tqdm([*CALLS, *MODELS])}
     heads = ["forward, JAX, ms", "ours, ms", "faster", "with gradients, JAX, ms", "ours, ms", "faster"]
     facts = machine.facts("default")
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     parts = ["## Drop-in", f"{facts['cpu']}, {facts['threads']} threads; float32; {ROUNDS} rounds, medians.", versions]
-    with contextlib.suppress(KeyboardInterrupt):
-        parts.append(table(["`conv_transpose`", *heads], list(rows(calls(), len(CALLS)))))
-        parts.append(table(["model, a decoder of 4 x 4 to 32 x 32 pixels", *heads], list(rows(models(), len(MODELS)))))
+    parts.append(table(["`conv_transpose`", *heads], [rows[name] for name in CALLS]))
+    parts.append(table(["model, a decoder of 4 x 4 to 32 x 32 pixels", *heads], [rows[name] for name in MODELS]))
     text = "\n\n".join(parts) + "\n"
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "drop-in.md").write_text(text)

@@ -11,7 +11,8 @@
   to convolution hardware; integers and complex numbers go to `phases`.
 - CPU, where XLA runs a dilated convolution as a scalar loop: one of the matrix lowerings, by the cost rule below. Both
   gradients are those of `phases` or `winograd`; `winograd` is in question where floating-point numbers are summed in
-  float32 at the default precision. A strided convolution whose blocks would be short is `dilated`.
+  float32 at the default precision. A strided convolution whose blocks would be short is `dilated`, and so is the result
+  of a small plane: XLA has a quick convolution of planes, though none of volumes.
 - sizes that are not known when the operation is traced: `dilated`.
 
 Without strides a CPU computes gradients, and results of two channels, from the side with fewer values (`steps`).
@@ -57,6 +58,9 @@ FEW_FILTERS = 4
 
 FILTERED = (3, 64)
 """Channels and filters of `winograd`: fewer make up short sums and more are summed in pieces, with less rounding."""
+
+SMALL_PLANE, SHORT_RUN = 3e8, 16
+"""Multiply-adds of a plane, zeros included, and channels or filters below which its sums are short."""
 
 SAVED_IN_A_PLANE, WRITTEN_IN_A_PLANE, BEGUN_IN_A_PLANE = 0.4, 1.0, 3e5
 """Nanoseconds for a value, an output and a call: in planes and lines fewer products are added up for a value, and cells
@@ -136,6 +140,8 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         return "dilated", "the products of its blocks would be short: the platform's convolution"
     if forward and not overlaps and (not form.channels_first or matmul.is_elementwise(call)):
         return "matmul", "no outputs overlap: one product, no zeros"
+    if forward and _is_small_plane(form, call):
+        return "dilated", "a small plane: the platform's convolution"
     names = [
         "phases",
         *(["matmul"] if forward else []),
@@ -175,6 +181,16 @@ def _has_short_products(form: Any, call: Call) -> bool:
     many = min(form.channels, form.filters) >= FILTERED[1]
     rows, cells = _adjoint.rows(call), call.batch * math.prod(axis.n for axis in form.geometry)
     return plain and strided and many and rows < min(SHORTEST, cells)
+
+
+def _is_small_plane(form: Any, call: Call) -> bool:
+    """Whether XLA's own convolution of a plane, zeros and all, takes less than it takes to begin with blocks."""
+    still = [axis for axis in form.geometry if axis.n == axis.k == axis.s == axis.out == 1]
+    plain = form.groups == 1 and all(dtype == jnp.float32 for dtype in form.dtypes)
+    if len(still) != 1 or not plain or min(form.channels, form.filters) < SHORT_RUN:
+        return False
+    made = math.prod(axis.n * axis.k * axis.s for axis in form.geometry) * form.channels * form.filters
+    return call.batch * made < SMALL_PLANE
 
 
 def _may_filter(form: Any, call: Call, gradients: int) -> bool:

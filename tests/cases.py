@@ -56,6 +56,8 @@ CASES = [
     _case("stride_equals_kernel", strides=(2, 3, 4)),
     _case("stride_above_kernel", strides=(3, 5, 6)),
     _case("stride_below_kernel", strides=(1, 2, 3)),
+    _case("plane", space=(1, 4, 3), kernel=(1, 3, 4), strides=(1, 2, 3), padding="same"),
+    _case("line", space=(5, 1, 1), kernel=(4, 1, 1), strides=(2, 1, 1)),
     _case("same_odd", kernel=(3, 5, 3), strides=2, padding="same"),
     _case("same_even", kernel=(4, 2, 6), strides=(2, 1, 3), padding="SAME"),
     _case("same_stride_above_kernel", kernel=(2, 1, 3), strides=(3, 2, 4), padding="same"),

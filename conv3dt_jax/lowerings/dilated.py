@@ -29,8 +29,6 @@ from conv3dt_jax.lowerings._work import Call, Work
 CONV_GENERAL_DILATED = lax.conv_general_dilated
 """JAX's own, whatever stands in its place later (`_accelerate`)."""
 
-_DIMENSION_NUMBERS = ("NDHWC", "DHWOI", "NDHWC")
-
 
 def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
     """Says why this lowering cannot take the geometry, or sums of this dtype; None where it can."""
@@ -52,23 +50,33 @@ def outputs(
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)`` of dtype ``accumulate``."""
     del tile_bytes, result  # XLA has blocks of its own; it rounds at the end
-    paddings, windows = zip(*map(_split_crop, geometry), strict=True)
+    still = [dim for dim, axis in enumerate(geometry) if _is_still(axis)][:2]
+    moving = [axis for dim, axis in enumerate(geometry) if dim not in still]
+    letters = "".join(letter for dim, letter in enumerate("DHW") if dim not in still)
+    paddings, windows = zip(*map(_split_crop, moving), strict=True)
     inputs, kernel = _alike(accumulate, inputs, kernel)
+    kernel = lax.squeeze(_grouped_kernel(jnp.flip(kernel, (0, 1, 2)), groups), still)
     outputs = CONV_GENERAL_DILATED(
-        inputs,
-        _grouped_kernel(jnp.flip(kernel, (0, 1, 2)), groups),
-        window_strides=(1, 1, 1),
+        lax.squeeze(inputs, [dim + 1 for dim in still]),
+        kernel,
+        window_strides=(1,) * len(moving),
         padding=paddings,
-        lhs_dilation=[axis.s for axis in geometry],
-        rhs_dilation=[axis.d for axis in geometry],
-        dimension_numbers=_DIMENSION_NUMBERS,
+        lhs_dilation=[axis.s for axis in moving],
+        rhs_dilation=[axis.d for axis in moving],
+        dimension_numbers=(f"N{letters}C", f"{letters}OI", f"N{letters}C"),
         feature_group_count=groups,
         precision=precision,
         preferred_element_type=accumulate,
     )
-    for dim, (axis, (low, high)) in enumerate(zip(geometry, windows, strict=True), start=1):
+    for dim, (axis, (low, high)) in enumerate(zip(moving, windows, strict=True), start=1):
         outputs = _fold(outputs, dim, axis) if axis.wraps else _crop(outputs, dim, low, high)
-    return _tiles.plus(outputs, bias)
+    return _tiles.plus(lax.expand_dims(outputs, [dim + 1 for dim in still]), bias)
+
+
+def _is_still(axis: Axis) -> bool:
+    """Whether an axis of one element stays one: XLA has better convolutions of planes and lines than of volumes."""
+    sizes = (axis.n, axis.k, axis.s, axis.out)
+    return all(isinstance(size, int) and size == 1 for size in sizes) and axis.lo == 0 and not axis.wraps
 
 
 def work(call: Call, *, gradients: int) -> Work:
