@@ -27,6 +27,7 @@ _listening: contextvars.ContextVar[tuple[Acceleration, ...]] = contextvars.Conte
 _lock = threading.RLock()
 _holders = 0
 _originals: dict[str, Callable[..., Any]] = {}
+_ours: dict[str, Callable[..., Any]] = {}
 _everywhere: Acceleration | None = None
 
 
@@ -46,7 +47,8 @@ class Traced:
 class Acceleration:
     """What `accelerated` and `accelerate` give: the functions that stand for JAX's, and the calls that were met.
 
-    A call is met when it is traced, not when a compiled program runs. Ordinary convolutions are not listed.
+    A call is met when it is traced, not when a compiled program runs. Of equal calls one is listed, and ordinary
+    convolutions are not.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -167,7 +169,8 @@ def _install() -> None:
         if _holders == 1:
             for name, read in READERS.items():
                 _originals[name] = getattr(jax.lax, name)
-                setattr(jax.lax, name, _looking(name, _originals[name], read))
+                _ours[name] = _looking(name, _originals[name], read)
+                setattr(jax.lax, name, _ours[name])
 
 
 def _remove() -> None:
@@ -177,7 +180,7 @@ def _remove() -> None:
         _holders -= 1
         if _holders == 0:
             for name, original in _originals.items():
-                if getattr(getattr(jax.lax, name), "_of_conv3dt_jax", False):
+                if getattr(jax.lax, name) is _ours[name]:
                     setattr(jax.lax, name, original)
             _originals.clear()
 
@@ -185,8 +188,11 @@ def _remove() -> None:
 def _read_as_jax_does(lhs: Any, rhs: Any, strides: Any, padding: Any, *more: Any, **named: Any) -> _lifted.Call:
     """`read_transposed`, but what JAX makes of other names for its paddings is left to JAX."""
     call = _lifted.read_transposed(lhs, rhs, strides, padding, *more, **named)
-    if isinstance(padding, str) and padding not in ("SAME", "VALID"):
-        return dataclasses.replace(call, reason=f"its padding {padding!r} is not what it says")
+    if isinstance(padding, str):
+        if padding not in ("SAME", "VALID"):
+            return dataclasses.replace(call, reason=f"its padding {padding!r} is not what it says")
+    elif not all(isinstance(pair, tuple | list) for pair in padding):
+        return dataclasses.replace(call, reason="its padding is not of pairs")
     return call
 
 
@@ -208,18 +214,20 @@ def _looking(name: str, original: Callable[..., Any], read: Callable[..., _lifte
         except Exception as error:  # JAX shall say what it makes of these arguments
             LOGGER.debug("jax.lax.%s is left to JAX: %s", name, error)
             return original(*args, **kwargs)
-        if taken.reason != _lifted.ORDINARY:
-            _note(Traced(name, taken.shapes, taken.reason))
-        if taken.reason:
+        if taken.reason == _lifted.ORDINARY:
             return original(*args, **kwargs)
         with _lasting(False):  # our own convolutions are JAX's
-            return taken.run()
+            taken = dataclasses.replace(taken, original=functools.partial(original, *args, **kwargs))
+            result, left = taken.outcome()
+        _note(Traced(name, taken.shapes, left))
+        return result
 
-    call._of_conv3dt_jax = True  # type: ignore[attr-defined]
     return call
 
 
 def _note(traced: Traced) -> None:
     LOGGER.debug("%s", traced)
-    for found in (*_listening.get(), *([_everywhere] if _everywhere else [])):
-        found.calls.append(traced)
+    everywhere = _everywhere
+    for found in (*_listening.get(), *([] if everywhere is None else [everywhere])):
+        if traced not in found.calls:
+            found.calls.append(traced)

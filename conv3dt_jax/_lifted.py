@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from conv3dt_jax.functional import conv3d_transpose
@@ -49,6 +51,15 @@ class Call:
     flipped: bool = True
     precision: Any = None
     preferred: Any = None
+
+    def outcome(self) -> tuple[jax.Array, str]:
+        """Ours, or JAX's and the reason: what this package does not take, JAX may, or say what is wrong."""
+        if self.reason:
+            return self.original(), self.reason
+        try:
+            return self.run(), ""
+        except (TypeError, ValueError, NotImplementedError) as error:
+            return self.original(), str(error).split("\n")[0]
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -137,11 +148,16 @@ def read_transposed(
     dims = lhs.ndim - 2
     if not 1 <= dims <= LARGEST or rhs.ndim != lhs.ndim:
         return Call(original, f"it has {dims} spatial dimensions", lhs=lhs, rhs=rhs)
-    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers or DEFAULTS[dims])
-    dilation = tuple(rhs_dilation or (1,) * dims)
+    numbers = lax.conv_dimension_numbers(
+        lhs.shape, rhs.shape, DEFAULTS[dims] if dimension_numbers is None else dimension_numbers
+    )
+    dilation = (1,) * dims if rhs_dilation is None else tuple(map(operator.index, rhs_dilation))
+    steps = tuple(map(operator.index, strides))
+    if not len(steps) == len(dilation) == dims:
+        return Call(original, "it has not a stride and a dilation for each dimension", lhs, rhs)
     taps = [rhs.shape[at] for at in numbers.rhs_spec[2:]]
     effective = [(k - 1) * d + 1 for k, d in zip(taps, dilation, strict=True)]
-    pads = _pads(padding, effective, tuple(strides), use_consistent_padding)
+    pads = _pads(padding, effective, steps, use_consistent_padding)
     lhs_spec, (outputs, inputs, *rest), out_spec = numbers
     rhs_spec = (inputs, outputs, *rest) if transpose_kernel else (outputs, inputs, *rest)
     return _checked(
@@ -149,7 +165,7 @@ def read_transposed(
             original,
             lhs=lhs,
             rhs=rhs,
-            strides=tuple(strides),
+            strides=steps,
             pads=pads,
             dilation=dilation,
             numbers=(lhs_spec, rhs_spec, out_spec),
@@ -169,13 +185,17 @@ def _pads(
         if name not in ("SAME", "VALID"):
             raise ValueError(f"`padding={padding!r}` must be 'SAME', 'VALID', or an int or a pair for each dimension.")
         return tuple(_named(name, ke, s) for ke, s in zip(effective, strides, strict=True))
-    entries = tuple(padding)
-    if len(entries) != len(effective):
-        raise ValueError(f"`padding={padding!r}` must have an entry for each of {len(effective)} spatial dimensions.")
-    pairs = [(entry, entry) if isinstance(entry, int) else tuple(map(int, entry)) for entry in entries]
+    entries = [(entry, entry) if np.ndim(entry) == 0 else tuple(entry) for entry in np.atleast_1d(padding).tolist()]
+    if len(entries) != len(effective) or any(len(pair) != 2 or not _are_ints(pair) for pair in entries):
+        raise ValueError(f"`padding={padding!r}` must be an int or a pair for each of {len(effective)} dimensions.")
+    pairs = entries
     if consistent:
         return tuple((ke - 1 - a, ke - 1 - b) for ke, (a, b) in zip(effective, pairs, strict=True))
     return tuple((a, b) for a, b in pairs)
+
+
+def _are_ints(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
 
 
 def _named(name: str, ke: int, s: int) -> tuple[int, int]:
@@ -201,11 +221,12 @@ def read_dilated(
     dims = getattr(lhs, "ndim", 2) - 2
     if not 1 <= dims <= LARGEST or getattr(rhs, "ndim", 0) != dims + 2:
         return Call(original, f"it has {dims} spatial dimensions")
-    strides = tuple(lhs_dilation or (1,) * dims)
+    strides = (1,) * dims if lhs_dilation is None else tuple(map(operator.index, lhs_dilation))
     if all(s == 1 for s in strides) or any(s != 1 for s in window_strides):
         return Call(original, ORDINARY)
     if batch_group_count != 1 or isinstance(padding, str) or any(value is not None for value in more.values()):
         return Call(original, "it has batch groups, padding by name, or arguments that are not known", lhs=lhs, rhs=rhs)
+    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     return _checked(
         Call(
@@ -213,8 +234,8 @@ def read_dilated(
             lhs=lhs,
             rhs=rhs,
             strides=strides,
-            pads=tuple((int(a), int(b)) for a, b in padding),
-            dilation=tuple(rhs_dilation or (1,) * dims),
+            pads=tuple((operator.index(a), operator.index(b)) for a, b in padding),
+            dilation=(1,) * dims if rhs_dilation is None else tuple(map(operator.index, rhs_dilation)),
             numbers=tuple(numbers),
             groups=feature_group_count,
             precision=precision,
@@ -232,6 +253,8 @@ def _checked(call: Call) -> Call:
         reason = "its operands differ in dtype"
     elif lhs.shape[lhs_spec[1]] != rhs.shape[rhs_spec[1]] * call.groups or rhs.shape[rhs_spec[0]] % call.groups:
         reason = "its channels do not fit"
+    elif 0 in rhs.shape:
+        reason = "its kernel is empty"
     elif not all(isinstance(size, int) for size in (*lhs.shape, *rhs.shape)):
         reason = "its sizes are symbolic"
     else:

@@ -1,5 +1,6 @@
 """Models of other frameworks are the same while `accelerated` lasts, and compute nothing on inserted zeros."""
 
+import functools
 import os
 import threading
 
@@ -262,9 +263,28 @@ def test_our_own_dilated_convolution_stays_jax_s() -> None:
     assert not found.calls
 
 
-def test_what_others_put_over_it_is_left() -> None:
-    mine = lambda *args, **kwargs: None
+def test_equal_calls_are_listed_once() -> None:
+    found = c3t.accelerate()
+    for _ in range(3):
+        plain(X)
+    assert len(found.calls) == 1
+
+
+def test_padding_that_jax_refuses_is_refused() -> None:
     with c3t.accelerated():
+        for padding in ([1, 1], [(1.5, 1), (1, 1)]):
+            with pytest.raises((TypeError, ValueError)):
+                jax.lax.conv_transpose(X, jnp.ones((3, 3, 4, 2)), (2, 2), padding)
+
+
+def test_what_others_put_over_it_is_left() -> None:
+    with c3t.accelerated():
+        ours = jax.lax.conv_transpose
+
+        @functools.wraps(ours)
+        def mine(*args, **kwargs):
+            return ours(*args, **kwargs)
+
         jax.lax.conv_transpose = mine
     try:
         assert jax.lax.conv_transpose is mine

@@ -160,7 +160,9 @@ def test_lifting_costs_nothing(dims) -> None:
     ("arguments", "error", "message"),
     [
         (((2, 2), "full"), ValueError, r"`padding='full'` must be 'SAME', 'VALID'"),
-        (((2, 2), [(1, 1)]), ValueError, r"must have an entry for each of 2 spatial dimensions"),
+        (((2, 2), [(1, 1), (1.5, 1)]), ValueError, r"must be an int or a pair for each of 2 dimensions"),
+        (((2, 2), [(1, 1, 1), (1, 1, 1)]), ValueError, r"must be an int or a pair for each of 2 dimensions"),
+        (((2, 2), [(1, 1)]), ValueError, r"must be an int or a pair for each of 2 dimensions"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, message) -> None:
@@ -174,6 +176,23 @@ def test_what_jax_refuses_is_refused_by_jax() -> None:
         c3t.lax.conv_transpose(lhs, rhs.astype(jnp.bfloat16), (2, 2), "SAME")
     with pytest.raises((TypeError, ValueError)):
         c3t.lax.conv_transpose(lhs, rhs[:, :, :2], (2, 2), "SAME")
+
+
+@pytest.mark.parametrize("name", ["precision", "channels", "filters"])
+def test_what_this_package_does_not_take_jax_computes(name) -> None:
+    lhs, rhs = operands(2, None, 3)
+    if name == "channels":
+        lhs, rhs = lhs[..., :0], rhs[:, :, :0]
+    if name == "filters":
+        rhs = rhs[..., :0]
+    named = {"precision": jax.lax.DotAlgorithmPreset.F32_F32_F32} if name == "precision" else {}
+    check(lhs, rhs, (2, 2), "SAME", **named)
+
+
+def test_numbers_of_numpy() -> None:
+    lhs, rhs = (np.asarray(array) for array in operands(2, None, 3))
+    got = c3t.lax.conv_transpose(lhs, rhs, np.array([2, 2]), [np.int64(1), np.int64(2)], np.array([1, 1]))
+    np.testing.assert_array_equal(got, c3t.lax.conv_transpose(lhs, rhs, (2, 2), [(1, 1), (2, 2)]))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 5, 3), (2, 0, 5, 3)], ids=str)

@@ -322,6 +322,30 @@ def test_an_unknown_precision_is_refused() -> None:
         c3t.conv3d_transpose(x, w, implementation="pallas")
 
 
+def test_other_floating_point_numbers_are_left_to_xla() -> None:
+    options = {"dtype": "float8_e4m3fn"}
+    assert _choice.decide("outputs", "hopper", form(**options), 2)[0] != "pallas"
+    x, w = jnp.ones((1, 2, 2, 2, 4), "float8_e4m3fn"), jnp.ones((2, 2, 2, 4, 4), "float8_e4m3fn")
+    with pytest.raises(NotImplementedError, match="takes float32, bfloat16 and float16, not float8_e4m3fn"):
+        c3t.conv3d_transpose(x, w, implementation="pallas", preferred_element_type="float32")
+
+
+def test_more_values_than_32_bits_address_are_refused() -> None:
+    run = functools.partial(c3t.conv3d_transpose, strides=2, implementation="pallas")
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 256, 256, 256, 64), (2, 2, 2, 64, 64)))
+    with pytest.raises(NotImplementedError, match="cannot address 68,719,476,736 values in 32 bits"):
+        jax.jit(run).lower(x, w)
+
+
+def test_long_kernels_are_cut_in_phases() -> None:
+    """Cells of them would have more columns than a product may have."""
+    axis = resolve_axis(1000, 4096, 1024, 1, "valid", None)
+    still = resolve_axis(1, 1, 1, 1, "valid", None)
+    plan = _pallas_plans.outputs_gather((axis, still, still), 1, 512, 1, 1, jnp.bfloat16, "half")
+    assert plan.axes[0].pieces == 1024
+    assert plan.axes[0].counts == (4,) * 1024
+
+
 def test_a_precision_is_read_as_jax_reads_it() -> None:
     names = ["default", "high", "highest", "bfloat16_3x", "float32", "tensorfloat32", jax.lax.Precision.HIGHEST]
     found = [_pallas_plans.arithmetic_of("float32", name) for name in names]

@@ -96,8 +96,13 @@ def outputs_gathers(
     if is_each(channels, filters, groups):
         axes = [_walks.outputs_walk(axis, 0 if axis.s > 1 or axis.d > 1 else 1) for axis in geometry]
         return [_of_each(axes, batch, groups)]
-    choices = [(0, 1, 2, 4) if axis.s > 1 or axis.d > 1 else (1, 2, 4) for axis in geometry]
+    choices = [[cells for cells in (0, 1, 2, 4) if _is_in_question(axis, cells, filters)] for axis in geometry]
     return _ranked(geometry, choices, _walks.outputs_walk, (batch, channels, filters, groups), dtype, way)
+
+
+def _is_in_question(axis: Axis, cells: int, filters: int) -> bool:
+    """Phases, or cells of one input without strides; and cells that by themselves have no more columns than may be."""
+    return cells == int(axis.s == axis.d == 1) or (cells > 0 and cells * axis.s * filters <= WIDEST)
 
 
 def inputs_gathers(

@@ -69,24 +69,28 @@ def outputs_walk(axis: Axis, inputs: int) -> Walk:
     begin = whole * axis.s - axis.lo
     if inputs == 0:
         return _phases(axis, whole, begin)
-    stride = inputs * axis.s
-    taps, first = _shared({(a, r): t for r in range(stride) for a, t in _meeting(axis, r)}, stride)
+    stride, meeting = inputs * axis.s, _meeting(axis)
+    taps, first = _shared(
+        {(r // axis.s + a, r): t for r in range(stride) for a, t in meeting[r % axis.s]}, stride
+    )  # fmt: skip
     cells = (axis.out - 1 - begin) // stride + 1
     return Walk(
         cells, inputs, (whole + first,), (len(taps),), 1, axis.n, stride, (begin,), axis.out, (taps,), axis.wraps
     )  # fmt: skip
 
 
-def _meeting(axis: Axis, place: int) -> list[tuple[int, int]]:
-    """The (input, tap) that meet at a place, in order."""
-    found = [(divmod(place - t * axis.d, axis.s), t) for t in range(axis.k)]
-    return sorted((a, t) for (a, rest), t in found if rest == 0)
+def _meeting(axis: Axis) -> list[list[tuple[int, int]]]:
+    """For each phase the (input, tap) that meet there, in order."""
+    found: list[list[tuple[int, int]]] = [[] for _ in range(axis.s)]
+    for t in reversed(range(axis.k)):
+        phase = t * axis.d % axis.s
+        found[phase].append(((phase - t * axis.d) // axis.s, t))
+    return found
 
 
 def _phases(axis: Axis, whole: int, begin: int) -> Walk:
     taps, first, steps = [], [], set()
-    for r in range(axis.s):
-        found = _meeting(axis, r)
+    for found in _meeting(axis):
         steps |= {after[0] - before[0] for before, after in itertools.pairwise(found)}
         first.append(whole + found[0][0] if found else whole)
         taps.append([(t,) for _, t in found])

@@ -26,6 +26,8 @@ MOST = 2**31 - 2**24
 """Values of an array that 32-bit addresses reach, with room for those past its ends."""
 
 
+DTYPES = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16")))
+
 FEW = 4
 """Channels or filters of a group below which a product is mostly padding, unless they are not mixed at all."""
 
@@ -49,9 +51,9 @@ def takes(call: Call, dtypes: Any, precision: Any) -> bool:
         math.prod(axis.n for axis in call.geometry) * call.channels,
         math.prod(axis.out for axis in call.geometry) * call.filters,
     )
-    dtype = jnp.result_type(*dtypes)
-    if not all(jnp.issubdtype(one, jnp.floating) for one in dtypes) or held > MOST:
+    if not all(one in DTYPES for one in dtypes) or held > MOST:
         return False
+    dtype = jnp.result_type(*dtypes)
     few = min(call.channels, call.filters) // call.groups < FEW
     if call.groups > 1 and few and not call.groups == call.channels == call.filters:
         return False
@@ -74,6 +76,7 @@ def outputs(
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``, of dtype ``result``."""
     del tile_bytes
     inputs, kernel = _alike(inputs, kernel)
+    _check_size(inputs.size, inputs.shape[0] * math.prod(axis.out for axis in geometry) * kernel.shape[3] * groups)
     way = _way(inputs.dtype, precision)
     gather = _pallas_plans.outputs_gather(
         geometry, inputs.shape[0], inputs.shape[-1] // groups, kernel.shape[3], groups, inputs.dtype, way
@@ -101,6 +104,7 @@ def gradients(
     """The gradients for the inputs, where the kernel is given, and for the kernel, where the inputs are."""
     del tile_bytes
     batch, each, filters = cotangent.shape[0], channels // groups, cotangent.shape[-1] // groups
+    _check_size(cotangent.size, batch * math.prod(axis.n for axis in geometry) * channels)
     dx = dw = None
     if kernel is not None:
         y, w = _alike(cotangent, kernel)
@@ -140,12 +144,22 @@ def work(call: Call, *, gradients: int) -> Work:
 
 
 def _alike(*operands: jax.Array) -> list[jax.Array]:
+    if not all(operand.dtype in DTYPES for operand in operands):
+        names = " and ".join(operand.dtype.name for operand in operands)
+        raise NotImplementedError(f"'pallas' takes float32, bfloat16 and float16, not {names}; use 'auto'.")
     dtype = jnp.result_type(*operands)
     return [operand.astype(dtype) for operand in operands]
+
+
+def _check_size(*sizes: int) -> None:
+    if max(sizes) > MOST:
+        raise NotImplementedError(f"'pallas' cannot address {max(sizes):,} values in 32 bits; use 'auto'.")
 
 
 def _way(dtype: Any, precision: Any) -> str:
     found = _pallas_plans.arithmetic_of(dtype, precision)
     if found is None:
-        raise NotImplementedError(f"`precision={precision!r}` cannot be had with 'pallas'; use 'auto'.")
+        default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        asked = f"`precision={precision!r}`" if precision is not None else f"the default precision {default!r}"
+        raise NotImplementedError(f"{asked} cannot be had with 'pallas'; use 'auto'.")
     return found
