@@ -63,10 +63,10 @@ def test_auto_follows_its_rule(platform, kwargs, primitive) -> None:
     assert {"dot_general": "stablehlo.convolution", "convolution": "stablehlo.dot_general"}[primitive] not in text
 
 
-def form(kernel, strides, channels, filters, space=(8, 8, 8), padding="valid"):
+def form(kernel, strides, channels, filters, space=(8, 8, 8), padding="valid", dtype="float32"):
     spec = _spec.Conv3DTransposeSpec(filters, kernel, strides, padding)
-    dtype = np.dtype("float32")
-    return _primitives.Form(spec.geometry(space), channels, filters, 1, (dtype,) * 3, dtype, None, "auto")
+    dtype = jnp.dtype(dtype)
+    return _primitives.Form(spec.geometry(space), channels, filters, 1, (dtype,) * 3, np.dtype("float32"), None, "auto")
 
 
 def test_auto_on_cpu_writes_products_where_filters_are_few_and_gathers_patches_where_they_are_many() -> None:
@@ -104,6 +104,37 @@ def test_auto_on_cpu_weighs_products_against_patches(
 ) -> None:
     call = form(kernel, strides, channels, filters, space, padding)
     assert _choice.choose("outputs", "cpu", call, batch) == name
+
+
+@pytest.mark.parametrize(
+    ("kernel", "filters", "kind", "name"),
+    [
+        (3, 1, "outputs", "matmul"),
+        (3, 1, "gradients", "matmul"),
+        (2, 32, "outputs", "matmul"),
+        (2, 32, "gradients", "phases"),
+        (3, 32, "outputs", "phases"),
+        (3, 32, "inputs", "phases"),
+    ],
+)
+def test_auto_on_other_gpus_multiplies_and_never_convolves(kernel, filters, kind, name) -> None:
+    assert _choice.choose(kind, "cuda", form(kernel, 2, 32, filters), 1) == name
+
+
+@pytest.mark.parametrize(
+    ("kernel", "space", "channels", "dtype", "is_small"),
+    [
+        ((1, 3, 3), (1, 32, 32), 16, "float32", True),
+        ((1, 3, 3), (1, 32, 32), 16, "bfloat16", False),
+        ((1, 3, 3), (1, 32, 32), 8, "float32", False),
+        ((1, 3, 3), (1, 256, 256), 64, "float32", False),
+        ((3, 3, 3), (4, 16, 16), 16, "float32", False),
+        ((1, 1, 3), (1, 1, 1024), 16, "float32", False),
+    ],
+)
+def test_auto_on_cpu_leaves_a_small_plane_to_the_convolution(kernel, space, channels, dtype, is_small) -> None:
+    call = form(kernel, 1, channels, channels, space, "same", dtype)
+    assert (_choice.choose("outputs", "cpu", call, 1) == "dilated") is is_small
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from conv3dt_jax.lowerings._work import Call, Work
 MOST = 2**31 - 2**24
 """Values of an array that 32-bit addresses reach, with room for those past its ends."""
 
-
 DTYPES = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16")))
 
 FEW = 4
@@ -124,22 +123,24 @@ def gradients(
 
 
 def work(call: Call, *, gradients: int) -> Work:
-    """The multiply-adds of the tiles, zeros included; the matrices, and the shares of the kernel's gradient."""
+    """The multiply-adds of the tiles, zeros included; the matrices, the shares of the kernel's gradient and its copies.
+
+    Counted for float32 at the default precision: narrower operands need less.
+    """
     sizes = (call.geometry, call.batch, call.channels // call.groups, call.filters // call.groups, call.groups)
-    dtype, way = (jnp.float32, "tf32") if call.itemsize == 4 else (jnp.bfloat16, "half")
-    kernel = math.prod(axis.k for axis in call.geometry) * call.channels * call.filters // call.groups
-    if not gradients:
-        gather = _pallas_plans.outputs_gather(*sizes, dtype, way)
+    make = _pallas_plans.inputs_gather if gradients else _pallas_plans.outputs_gather
+    gather = make(*sizes, jnp.float32, "tf32")
+    if gradients < 2:
         return Work(gather.multiply_adds, gather.rows, gather.weights * call.itemsize)
-    gather = _pallas_plans.inputs_gather(*sizes, dtype, way)
-    if gradients == 1:
-        return Work(gather.multiply_adds, gather.rows, gather.weights * call.itemsize)
-    reduce, _ = _pallas_plans.kernel_reduce(*sizes, way)
+    reduce, _ = _pallas_plans.kernel_reduce(*sizes, "tf32")
     cells = call.batch * math.prod(axis.n for axis in call.geometry)
+    made = call.batch * math.prod(axis.out for axis in call.geometry)
+    copies = (cells * call.channels + made * call.filters) * reduce.parts * 2 if reduce.parts > 1 else 0
+    kernel = math.prod(axis.k for axis in call.geometry) * call.channels * call.filters // call.groups
     return Work(
         gather.multiply_adds + cells * kernel,
         gather.rows,
-        gather.weights * call.itemsize + reduce.shares * reduce.size * 4,
+        gather.weights * call.itemsize + reduce.shares * reduce.size * 4 + copies,
     )
 
 
