@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,15 +26,13 @@ from tqdm import tqdm
 from benchmarks import machine
 from benchmarks.cases import GPU_CASES, Case
 from benchmarks.report import table
+from benchmarks.worker import queued
 from conv3dt_jax._geometry import Geometry, resolve_axis
 from conv3dt_jax.lowerings import _gather, _pallas_plans, _reduce, _triton
 from conv3dt_jax.lowerings._triton import Tile
 
 OTHERS, WORTH = 2, 1.25
 """Other cells that are timed, and how much dearer they may be by the rule."""
-
-QUEUED, REPEATS = 0.005, 3
-"""Seconds of work that is awaited together, and how often."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,22 +129,6 @@ def compiled(trial: Trial) -> Any:
         return f"{type(error).__name__}: {error}"[:200]
 
 
-def seconds(call: Callable[..., Any], arguments: Sequence[jax.Array]) -> float:
-    """The median of some repeats of calls that are awaited together."""
-    jax.block_until_ready(call(*arguments))
-    started = time.perf_counter()
-    jax.block_until_ready(call(*arguments))
-    count = max(2, min(40, int(QUEUED / (time.perf_counter() - started))))
-    found = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        for _ in range(count):
-            result = call(*arguments)
-        jax.block_until_ready(result)
-        found.append((time.perf_counter() - started) / count)
-    return statistics.median(found)
-
-
 def measure(chosen: Sequence[Case]) -> list[dict[str, Any]]:
     planned = [trial for case in chosen for trial in trials(case)]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -159,9 +141,11 @@ def measure(chosen: Sequence[Case]) -> list[dict[str, Any]]:
             case, arguments = trial.case, ()
             arguments = operands(trial.case)
         row = {"case": trial.case.name, "kernel": trial.kernel, "plan": trial.described, "chosen": trial.chosen}
-        rows.append(
-            row | ({"reason": program} if isinstance(program, str) else {"seconds": seconds(program, arguments)})
-        )
+        if isinstance(program, str):
+            rows.append(row | {"reason": program})
+        else:
+            times = queued(functools.partial(program, *arguments), jax.block_until_ready)
+            rows.append(row | {"seconds": statistics.median(times)})
     return rows
 
 
