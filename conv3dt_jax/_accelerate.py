@@ -216,9 +216,8 @@ def _looking(name: str, original: Callable[..., Any], read: Callable[..., _lifte
             return original(*args, **kwargs)
         if taken.reason == _lifted.ORDINARY:
             return original(*args, **kwargs)
-        with _lasting(False):  # our own convolutions are JAX's
-            taken = dataclasses.replace(taken, original=functools.partial(original, *args, **kwargs))
-            result, left = taken.outcome()
+        taken = dataclasses.replace(taken, original=functools.partial(original, *args, **kwargs))
+        result, left = taken.outcome()
         _note(Traced(name, taken.shapes, left))
         return result
 

@@ -97,6 +97,12 @@ def test_parts_of_what_is_not_finite_are_in_the_first_alone() -> None:
         assert abs(total[0] - np.float64(values[0])) < 2**-24
 
 
+def test_operands_are_taken_apart_by_roundings_that_xla_keeps() -> None:
+    """A conversion to bfloat16 and back it may leave out: all parts but the first would be zero."""
+    text = jax.jit(lambda value: _triton.taken_apart(value, 3)).lower(jnp.ones(4)).as_text()
+    assert text.count("stablehlo.reduce_precision") == 3
+
+
 def test_all_transformations(x64: None) -> None:
     """In float32 though integers have 64 bits: indices keep to 32."""
     case = SHAPES["one_filter"]

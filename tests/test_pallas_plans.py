@@ -16,8 +16,9 @@ from jax import export
 import conv3dt_jax as c3t
 from conv3dt_jax import _choice, _primitives, _spec
 from conv3dt_jax._geometry import Axis, resolve_axis
-from conv3dt_jax.lowerings import _pallas_plans, _reduce, _triton, _walks
+from conv3dt_jax.lowerings import _pallas_plans, _reduce, _triton, _walks, pallas
 from conv3dt_jax.lowerings._triton import Tile
+from conv3dt_jax.lowerings._work import Call
 from tests import oracle
 from tests.test_pallas import SHAPES, errors, value_and_gradients
 
@@ -121,6 +122,16 @@ def test_the_gradient_of_the_kernel_is_summed_in_shares(monkeypatch) -> None:
     got, want = value_and_gradients(case, precision="highest")
     jax.clear_caches()
     assert max(errors(got, want)) < 1e-6
+
+
+def test_the_work_counts_the_copies_of_operands_that_are_taken_apart() -> None:
+    geometry = tuple(resolve_axis(16, 3, 2, 1, "same", None) for _ in range(3))
+    reduce, _ = _pallas_plans.kernel_reduce(geometry, 2, 256, 128, 1, "tf32")
+    assert reduce.parts == 2
+    call = Call(geometry, 2, 256, 128, 1, 4, 0)
+    copies = 2 * 2 * (2 * 16**3 * 256 + 2 * 32**3 * 128)
+    rest = pallas.work(call, gradients=1).temporary_bytes + 4 * reduce.shares * reduce.size
+    assert pallas.work(call, gradients=2).temporary_bytes == rest + copies
 
 
 @pytest.mark.parametrize("line", [_reduce.TAP, _reduce.WIDTH, _reduce.ALL])
