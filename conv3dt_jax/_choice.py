@@ -59,13 +59,6 @@ FEW_FILTERS = 4
 FILTERED = (3, 64)
 """Channels and filters of `winograd`: fewer make up short sums and more are summed in pieces, with less rounding."""
 
-SMALL_PLANE, SHORT_RUN = 3e8, 16
-"""Multiply-adds of a plane, zeros included, and channels or filters below which its sums are short."""
-
-SAVED_IN_A_PLANE, WRITTEN_IN_A_PLANE, BEGUN_IN_A_PLANE = 0.4, 1.0, 3e5
-"""Nanoseconds for a value, an output and a call: in planes and lines fewer products are added up for a value, and cells
-are written in shorter rows."""
-
 SHORTEST = 256
 """Rows of a product below which XLA's convolution is quicker, where it is strided and has many channels."""
 
@@ -140,8 +133,6 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         return "dilated", "the products of its blocks would be short: the platform's convolution"
     if forward and not overlaps and (not form.channels_first or matmul.is_elementwise(call)):
         return "matmul", "no outputs overlap: one product, no zeros"
-    if forward and _is_small_plane(form, call):
-        return "dilated", "a small plane: the platform's convolution"
     names = [
         "phases",
         *(["matmul"] if forward else []),
@@ -183,16 +174,6 @@ def _has_short_products(form: Any, call: Call) -> bool:
     return plain and strided and many and rows < min(SHORTEST, cells)
 
 
-def _is_small_plane(form: Any, call: Call) -> bool:
-    """Whether XLA's own convolution of a plane, zeros and all, takes less than it takes to begin with blocks."""
-    still = [axis for axis in form.geometry if axis.n == axis.k == axis.s == axis.out == 1]
-    plain = form.groups == 1 and all(dtype == jnp.float32 for dtype in form.dtypes)
-    if len(still) != 1 or not plain or min(form.channels, form.filters) < SHORT_RUN:
-        return False
-    made = math.prod(axis.n * axis.k * axis.s for axis in form.geometry) * form.channels * form.filters
-    return call.batch * made < SMALL_PLANE
-
-
 def _may_filter(form: Any, call: Call, gradients: int) -> bool:
     """Whether `winograd` can do it, and its rounding stays within four times that of the direct sum.
 
@@ -221,13 +202,7 @@ def cost(name: str, call: Call, *, gradients: int, bfloat16: bool = False) -> fl
     """
     work = LOWERINGS[name].work(call, gradients=gradients)
     pace = 2 if bfloat16 and name != "winograd" else 1
-    found = nanoseconds(name, work.multiply_adds / pace, work.values)
-    if gradients or not any(axis.n == axis.k == axis.s == 1 for axis in call.geometry):
-        return found
-    if name == "matmul":
-        return found - SAVED_IN_A_PLANE * work.values
-    outputs = call.batch * math.prod(axis.out for axis in call.geometry) * call.filters
-    return found + WRITTEN_IN_A_PLANE * outputs + BEGUN_IN_A_PLANE
+    return nanoseconds(name, work.multiply_adds / pace, work.values)
 
 
 def room_for(platform: str, form: Any, batch: Any) -> int:
@@ -264,6 +239,8 @@ def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
     }  # fmt: skip
     if name == "pallas":
         static["interpret"] = platform not in GPUS
+    if name == "matmul" and y is None:
+        static["filters_last"] = form.filters_last
     moved = form.channels_first and name not in _EITHER_LAYOUT
     if form.channels_first and not moved:
         static["channels_first"] = True

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from conv3dt_jax.functional import conv3d_transpose
+from conv3dt_jax._operation import run
+from conv3dt_jax._spec import Conv3DTransposeSpec
 
 CONV_TRANSPOSE, CONV_GENERAL_DILATED = lax.conv_transpose, lax.conv_general_dilated
 """JAX's own, whatever stands in their places later."""
@@ -74,16 +75,24 @@ class Call:
         effective = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:dims], self.dilation, strict=True)]
         crops = [(ke - 1 - a, ke - 1 - b) for ke, (a, b) in zip(effective, self.pads, strict=True)]
         x = self.lhs if first else self.lhs.transpose(lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
-        y = conv3d_transpose(
-            _with_space(x, lifted(_space(x, first), 1), first),
-            kernel.reshape(*lifted(kernel.shape[:dims], 1), *kernel.shape[dims:]),
+        spec = Conv3DTransposeSpec(
+            filters=kernel.shape[-2] * self.groups,
+            kernel_size=lifted(kernel.shape[:dims], 1),
             strides=lifted(self.strides, 1),
             padding=lifted([(max(a, 0), max(b, 0)) for a, b in crops], (0, 0)),
             dilation_rate=lifted(self.dilation, 1),
             groups=self.groups,
             data_format="channels_first" if first else "channels_last",
+            use_bias=False,
             precision=self.precision,
             preferred_element_type=self.preferred,
+        )
+        y = run(
+            _with_space(x, lifted(_space(x, first), 1), first),
+            kernel.reshape(*spec.kernel_size, *kernel.shape[dims:]),
+            None,
+            spec,
+            filters_last=self.numbers[1][0] == dims + 1,
         )
         y = _with_space(y, lowered(_space(y, first), dims), first).astype(self.preferred or self.lhs.dtype)
         if any(crop < 0 for pair in crops for crop in pair):

@@ -56,6 +56,8 @@ def read(
     result: np.dtype,
     slabs: tuple[int, int, int] = WHOLE,
     cut: Cut | None = None,
+    *,
+    filters_last: bool = False,
 ) -> Reading:
     """The reading of the form for an operation on operands of this dtype."""
     convolution = not isinstance(spec, Conv3DTransposeSpec)
@@ -72,6 +74,7 @@ def read(
         precision=spec.precision,
         implementation=spec.implementation,
         channels_first=outputs and spec.data_format == "channels_first",
+        filters_last=filters_last or (convolution and outputs),
         slabs=slabs,
         cut=cut,
     )
@@ -86,6 +89,7 @@ def run(
     output_size: Sequence[int] | None = None,
     *,
     keras_rules: bool = False,
+    filters_last: bool = False,
     slabs: tuple[int, int, int] = WHOLE,
     placement: Placement | None = None,
 ) -> jax.Array:
@@ -107,6 +111,7 @@ def run(
         geometry=geometry,
         sums=sums,
         result=result,
+        filters_last=filters_last,
         slabs=slabs,
         cut=cut,
     )
@@ -135,7 +140,7 @@ def checked(
     return geometry
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "geometry", "sums", "result", "slabs", "cut"))
+@functools.partial(jax.jit, static_argnames=("spec", "geometry", "sums", "result", "filters_last", "slabs", "cut"))
 def _compute(
     inputs: jax.Array,
     kernel: jax.Array,
@@ -145,6 +150,7 @@ def _compute(
     geometry: Geometry,
     sums: np.dtype,
     result: np.dtype,
+    filters_last: bool,
     slabs: tuple[int, int, int],
     cut: Cut | None,
 ) -> jax.Array:
@@ -158,7 +164,7 @@ def _compute(
     side = "x" if read(spec, geometry, channels, inputs.dtype, sums, result).outputs else "y"
     arranged = _arrangement.arranged(inputs, batch, spec.data_format == "channels_first", cut, side)
     geometry, around = opened(geometry, arranged.shards)
-    reading = read(spec, geometry, channels, inputs.dtype, sums, result, slabs, cut)
+    reading = read(spec, geometry, channels, inputs.dtype, sums, result, slabs, cut, filters_last=filters_last)
     return arranged.restored(computed(arranged.around(around), kernel, bias, reading, spec), shape)
 
 

@@ -43,9 +43,10 @@ class Form:
     """What the three directions have in common; static and hashable.
 
     ``dtypes`` are those of the inputs, the kernel and the outputs, ``sums`` that of the sums before they are rounded to
-    the outputs'. Channels and filters count all groups. ``channels_first`` is about the outputs. Each axis is computed
-    in as many ``slabs``, one after the other. ``cut`` says over which devices operands and results lie, where that is
-    not left to the compiler.
+    the outputs'. Channels and filters count all groups. ``channels_first`` is about the outputs. ``filters_last`` says
+    that the kernel is the transpose of one with its filters last, so that transposing it back is free. Each axis is
+    computed in as many ``slabs``, one after the other. ``cut`` says over which devices operands and results lie, where
+    that is not left to the compiler.
     """
 
     geometry: Geometry
@@ -57,6 +58,7 @@ class Form:
     precision: lax.PrecisionLike
     implementation: str
     channels_first: bool = False
+    filters_last: bool = False
     slabs: tuple[int, int, int] = WHOLE
     cut: Cut | None = None
 

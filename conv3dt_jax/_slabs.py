@@ -132,7 +132,7 @@ def _gradients(
         slab = [*operands[:-1], _read(y, axes, starts, first=2 if form.channels_first else 1)]
         if kind != "inputs":
             sizes = (operands[0].shape[0], *(line.axis.n for line in axes), form.channels)
-            x = _tiles.cut(_tiles.bits(operands[0]), (0, *starts, 0), sizes)
+            x = _tiles.Held.of(operands[0]).cut((0, *starts, 0), sizes)
             slab[0] = _tiles.once(_tiles.values(x, operands[0].dtype), spans, starts, dims=(1, 2, 3))
         made = compute(part, *slab)
         more_x, more_w = made if kind == "gradients" else (made, made)
@@ -149,12 +149,12 @@ def _gradients(
 def _read(array: jax.Array, axes: Sequence[Line], starts: Sequence[Any], first: int) -> jax.Array:
     """What a slab takes of an array whose spatial axes are ``first`` and the next two."""
     windows = [Window(0, size, 0, 0) for size in array.shape]
-    part = _tiles.bits(array)
+    part = array
     for dim, (line, start) in enumerate(zip(axes, starts, strict=True), start=first):
         if line.wraps:
             places = (line.scale * start + line.offset + jnp.arange(line.size)) % array.shape[dim]
-            part = jnp.take(part, places, axis=dim)
+            part = _tiles.values(jnp.take(_tiles.bits(part), places, axis=dim), array.dtype)
             windows[dim] = Window(0, line.size, 0, 0)
         else:
             windows[dim] = line.window(start)
-    return _tiles.values(_tiles.read(part, windows), array.dtype)
+    return _tiles.values(_tiles.read(_tiles.Held.of(part), windows), array.dtype)

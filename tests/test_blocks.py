@@ -78,9 +78,9 @@ def test_windows_read_zeros_outside() -> None:
     span = _tiles.Span(6, 2)
     for start, want in ((0, [0, 0, 1, 2]), (2, [1, 2, 3, 4]), (4, [3, 4, 5, 6])):
         window = _tiles.Window.of(span, jnp.int32(start), offset=-2, extent=2)
-        np.testing.assert_array_equal(jax.jit(lambda w=window: _tiles.read(array, [w]))(), want)
+        np.testing.assert_array_equal(jax.jit(lambda w=window: _tiles.read(_tiles.Held.of(array), [w]))(), want)
     static = _tiles.Window.of(_tiles.Span(6, 6), 0, offset=-1, extent=2)
-    np.testing.assert_array_equal(_tiles.read(array, [static]), [0, 1, 2, 3, 4, 5, 6, 0])
+    np.testing.assert_array_equal(_tiles.read(_tiles.Held.of(array), [static]), [0, 1, 2, 3, 4, 5, 6, 0])
 
 
 @pytest.mark.parametrize(

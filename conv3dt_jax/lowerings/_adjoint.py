@@ -133,15 +133,18 @@ def _gradients(
         matrices = matrices.reshape(blocks * turns, columns, each_c)
     turned = dtype.itemsize == 2 and not transposed
 
+    held_inputs = None if inputs is None else _tiles.Held.of(inputs)
+    held_cotangent = _tiles.Held.of(cotangent)
+
     def body(starts: list[Any], carry: tuple[Any, Any]) -> tuple[Any, Any]:
         sample, block, depth, height = starts
-        slab = _slab(cotangent, spans, starts, geometry, each_f, filters_dim, dtype)
+        slab = _slab(held_cotangent, spans, starts, geometry, each_f, filters_dim, dtype)
         corner = (sample, depth, height, 0, block * each_c)
         walked = (spans[0], *spans[2:])
         cells = (*(span.block for span in walked), space[2], each_c)
         x = None
-        if inputs is not None:
-            x = _tiles.values(_tiles.cut(_tiles.bits(inputs), corner, cells), inputs.dtype).astype(dtype)
+        if held_inputs is not None:
+            x = _tiles.values(held_inputs.cut(corner, cells), held_inputs.dtype).astype(dtype)
             x = _tiles.once(x, walked, (sample, depth, height), dims=(0, 1, 2)).reshape(-1, each_c)
             if turned:
                 x = _tiles.turned(x, starts)
@@ -254,7 +257,7 @@ def _unorder(dw: jax.Array, geometry: Geometry, filters: int, channels: int) -> 
 
 
 def _slab(
-    cotangent: jax.Array, spans: Any, starts: Any, geometry: Geometry, filters: int, filters_dim: int, dtype: Any
+    cotangent: _tiles.Held, spans: Any, starts: Any, geometry: Geometry, filters: int, filters_dim: int, dtype: Any
 ) -> jax.Array:
     """The outputs that the cells of a block have reached, of one block of filters: ``(n, D, H, W, taps * F)``.
 
@@ -272,7 +275,7 @@ def _slab(
         windows.append(_tiles.Window.of(span, start, scale=axis.s, offset=-lo, extent=extent))
     many = cotangent.shape[filters_dim] - filters
     windows.insert(filters_dim, _tiles.Window(block * filters, filters, 0, many))
-    slab = _tiles.read(_tiles.bits(cotangent), windows)
+    slab = _tiles.read(cotangent, windows)
     if filters_dim == 1:  # once, not in every slice
         slab = _tiles.materialized(lambda: jnp.moveaxis(slab, 1, -1), starts)
     if cotangent.dtype != dtype:

@@ -82,7 +82,9 @@ def extend(inputs: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def _is_extended(geometry: Geometry, channels: int, filters: int) -> bool:
-    """Whether `walk` extends all inputs at once, rather than each block's."""
+    """Whether `walk` extends all inputs at once, rather than each block's: where there is anything beyond them."""
+    if all(shifts(axis) == [0] and cells(axis) == axis.n for axis in geometry):
+        return False
     inputs, outputs = (math.prod(sizes) for sizes in zip(*((axis.n, axis.out) for axis in geometry), strict=True))
     return any(axis.wraps for axis in geometry) or 2 * inputs * channels <= outputs * filters
 
@@ -91,11 +93,9 @@ def extended_values(geometry: Geometry, channels: int, filters: int) -> int:
     """Of the copies of the inputs that `walk` makes, for one sample; 0 where it makes none."""
     if not _is_extended(geometry, channels, filters):
         return 0
-    axes = [(shifts(axis), cells(axis), axis.n) for axis in geometry]
-    if all(taken[-1] == 0 and count == n and taken[0] == 0 for taken, count, n in axes):
-        return 0
+    axes = [(shifts(axis), cells(axis)) for axis in geometry]
     copies = 2 if any(axis.wraps for axis in geometry) else 1  # padded axis by axis
-    return copies * channels * math.prod(count + taken[-1] - taken[0] for taken, count, _ in axes)
+    return copies * channels * math.prod(count + taken[-1] - taken[0] for taken, count in axes)
 
 
 def walk(
@@ -144,6 +144,7 @@ def walk(
         dtype=result,
         channels_first=channels_first,
     )
+    held = _tiles.Held.of(inputs)
     fill = jnp.zeros((filters,), result) if bias is None else bias.astype(result)
 
     def body(starts: list[Any], outputs: jax.Array) -> jax.Array:
@@ -156,7 +157,7 @@ def walk(
             ),
             _tiles.Window(group * each_c, each_c, 0, inputs.shape[-1] - each_c),
         ]
-        slab = _tiles.read(inputs, windows)
+        slab = _tiles.read(held, windows)
         if given != dtype:
             slab = _tiles.values(slab, given).astype(dtype)
         return found.put(outputs, compute(slab, group, starts), starts, fill)

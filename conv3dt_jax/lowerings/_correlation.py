@@ -103,16 +103,18 @@ def correlate(
     )
     fill = jnp.zeros((static.channels,), static.result)
 
+    held, held_other = _tiles.Held.of(array), None if other is None else _tiles.Held.of(other)
+
     def body(starts: list[Any], carry: tuple[Any, Any]) -> tuple[Any, Any]:
         block = starts[1]
         found, sums = carry
-        patches = _patches(array, static, spans, starts, each)
+        patches = _patches(held, static, spans, starts, each)
         if matrices is not None:
             weights = [lax.dynamic_index_in_dim(matrix, block, keepdims=False) for matrix in matrices]
             parts = _parts(patches, weights, static, spans, bias, block)
             found = result.put(found, parts, starts, fill)
-        if other is not None:
-            spread = _spread(other, tiles, width, spans, starts, outer, static.dtype)
+        if held_other is not None:
+            spread = _spread(held_other, tiles, width, spans, starts, outer, static.dtype)
             contract = (((0,), (0,)), ((), ()))
             made = [
                 lax.dot_general(s, p, contract, precision=static.precision)
@@ -173,7 +175,7 @@ def _parts(
     return parts
 
 
-def _patches(array: jax.Array, static: Correlation, spans: Any, starts: Any, channels: int) -> list[jax.Array]:
+def _patches(array: _tiles.Held, static: Correlation, spans: Any, starts: Any, channels: int) -> list[jax.Array]:
     """For every product ``(rows, kw * I)``: the transformed inputs of a block of tiles."""
     depth, height = tiles_of(static.lines)
     width = static.lines[2]
@@ -189,7 +191,7 @@ def _patches(array: jax.Array, static: Correlation, spans: Any, starts: Any, cha
     return found
 
 
-def _slab(array: jax.Array, static: Correlation, spans: Any, starts: Any, channels: int) -> jax.Array:
+def _slab(array: _tiles.Held, static: Correlation, spans: Any, starts: Any, channels: int) -> jax.Array:
     """``(n, cells, cells, cells, I)`` of the array that a block of tiles needs."""
     sample, block, *corner = starts
     windows = [_tiles.Window.of(spans[0], sample)]
@@ -246,8 +248,8 @@ def _taps(sums: jax.Array, tiles: Sequence[Tiles]) -> jax.Array:
     return jnp.stack(planes, 1).transpose(0, 1, 2, 4, 5, 3)
 
 
-def _read(array: jax.Array, windows: Sequence[_tiles.Window], dtype: Any) -> jax.Array:
-    return _tiles.values(_tiles.read(_tiles.bits(array), windows), array.dtype).astype(dtype)
+def _read(array: _tiles.Held, windows: Sequence[_tiles.Window], dtype: Any) -> jax.Array:
+    return _tiles.values(_tiles.read(array, windows), array.dtype).astype(dtype)
 
 
 def _transformed(slab: jax.Array, dim: int, axis: Tiles, block: int) -> list[jax.Array]:
@@ -275,7 +277,7 @@ def _sum_up(products: Sequence[jax.Array], tiles: Sequence[Tiles]) -> dict[tuple
 
 
 def _spread(
-    other: jax.Array, tiles: Sequence[Tiles], width: Line, spans: Any, starts: Any, channels: int, dtype: Any
+    other: _tiles.Held, tiles: Sequence[Tiles], width: Line, spans: Any, starts: Any, channels: int, dtype: Any
 ) -> list[jax.Array]:
     """For every product ``(rows, O)``: A applied to the cotangents of a block of tiles, the transpose of `_sum_up`."""
     sample, block, *corner = starts

@@ -188,6 +188,38 @@ def cut(array: jax.Array, starts: Sequence[Any], sizes: Sequence[Any]) -> jax.Ar
     return lax.dynamic_slice(array, [jnp.asarray(start, jnp.int32) for start in starts], sizes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What a loop reads from: an array as its `bits`, without the axes of one element.
+
+    Where a plane or a line is given as a volume, XLA lays such an axis out first, and copies the whole array to where a
+    loop wants it.
+    """
+
+    array: jax.Array
+    shape: tuple[Any, ...]
+    dtype: Any
+
+    @classmethod
+    def of(cls, array: jax.Array) -> Held:
+        still = [dim for dim, size in enumerate(array.shape) if _is_one(size)]
+        return cls(lax.squeeze(bits(array), still) if still else bits(array), array.shape, array.dtype)
+
+    def cut(self, starts: Sequence[Any], sizes: Sequence[int]) -> jax.Array:
+        """`cut` from the array, as its bits."""
+        still = [dim for dim, size in enumerate(self.shape) if _is_one(size)]
+        moving = [dim for dim in range(len(sizes)) if dim not in still]
+        part = self.array
+        if [sizes[dim] for dim in moving] != list(part.shape):
+            part = cut(part, [starts[dim] for dim in moving], [sizes[dim] for dim in moving])
+        part = lax.expand_dims(part, still) if still else part
+        return part if part.shape == tuple(sizes) else lax.slice(part, [0] * len(sizes), sizes)
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
 def put(array: jax.Array, part: jax.Array, starts: Sequence[Any]) -> jax.Array:
     """`lax.dynamic_update_slice`, likewise; in place inside a loop."""
     return lax.dynamic_update_slice(array, part, [jnp.asarray(start, jnp.int32) for start in starts])
@@ -209,8 +241,8 @@ class Window:
         return cls(scale * start + offset, scale * (span.block - 1) + 1 + extent, lowest, highest)
 
 
-def read(array: jax.Array, windows: Sequence[Window]) -> jax.Array:
-    """Cuts a window out of an array, zeros outside of it; only what a block needs is copied."""
+def read(array: Held, windows: Sequence[Window]) -> jax.Array:
+    """Cuts a window out of an array, as its bits, zeros outside of it; only what a block needs is copied."""
     before, after = [], []
     for size, window in zip(array.shape, windows, strict=True):
         before.append(max(-window.lowest, 0))
@@ -232,7 +264,7 @@ def read(array: jax.Array, windows: Sequence[Window]) -> jax.Array:
             high = max(window.highest - (size - length), 0) + window.length - length if high else 0
             padding.append((low, high, 0))
             shifts.append(window.start - clipped + low if low or high else 0)
-    part = cut(array, starts, sizes) if tuple(sizes) != array.shape else array
+    part = array.cut(starts, sizes)
     if any(low or high for low, high, _ in padding):
         part = lax.pad(part, jnp.zeros((), part.dtype), padding)
     lengths = tuple(window.length for window in windows)

@@ -6,13 +6,15 @@ With ``t * d = block * s + residue`` the target is ``(i + block) * s + residue``
 their residues, are ``s`` neighbours in the output, so a block is one reshape (depth to space) shifted by ``block * s``.
 There are about ``k / s`` blocks; where the kernel is not longer than the stride there is one, and nothing overlaps.
 
-Best where few outputs overlap or there are few filters: the temporary holds ``k`` values per input, axis and filter.
+Small volumes under large kernels are multiplied row by row of the kernel instead (`_kernel_rows`), and products that
+would leave the cache are made block by block of the result.
+
+Best where few outputs overlap, there are few filters, or the kernel is the larger operand: the temporary holds ``k``
+values per input, axis and filter.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,10 +25,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry, tap_phases
-from conv3dt_jax.lowerings import _adjoint, _blocks, _tiles
+from conv3dt_jax.lowerings import _adjoint, _blocks, _kernel_rows, _tiles
 from conv3dt_jax.lowerings._cells import cells, shifts, span, walk
-from conv3dt_jax.lowerings._contract import contract
-from conv3dt_jax.lowerings._depth_to_space import depth_to_space
+from conv3dt_jax.lowerings._laid_out import lay_out
 from conv3dt_jax.lowerings._result import Part
 from conv3dt_jax.lowerings._transposes import transposes
 from conv3dt_jax.lowerings._work import Call, Work
@@ -34,12 +35,23 @@ from conv3dt_jax.lowerings._work import Call, Work
 MANY_TERMS, UNSTRIDED = 12, 4
 """Products in an output from which on each costs more to lay out; without strides a fourth of them count."""
 
-WHOLE = 20 << 20
-"""Bytes of products up to which there are no blocks where products are few: a block copies its inputs first."""
+WHOLE, WHOLE_ROWS = 20 << 20, 8 << 20
+"""Bytes of products up to which there are no blocks where products are few, since a block copies its inputs first; and
+where blocks write the rows of their products as they are."""
 
 REPEATED, KEPT = 2.0, 32 << 20
 """Products that blocks make for each that is needed, since they share their rims, beyond which there are no blocks
 either; and the bytes of products up to which that is so: what the heap keeps, so that no page is new at a call."""
+
+LEAST_COLUMNS, LEAST_CELLS, MOST_ROWS = 32, 64, _tiles.FEW_SLICES
+"""Of a product for a row of the kernel: narrower ones are slow, shorter ones are no more than a copy of the kernel's
+row, and each is compiled."""
+
+OPERANDS = 4
+"""`tile_bytes` in the bytes of operands and result: as much may the products of all rows hold, and a block at least."""
+
+IN_CACHE, WRITTEN = 0.3, 2.0
+"""What a product costs within a block, and a value that a block writes, in values that leave the cache."""
 
 
 def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
@@ -58,10 +70,39 @@ def in_blocks(call: Call) -> bool:
     if is_elementwise(call):
         return False
     products = math.prod(axis.k for axis in call.geometry) * call.filters
-    held = products * call.batch * math.prod(axis.n for axis in call.geometry) * call.itemsize
+    held = _held(call)
     if products < call.channels or not any(axis.overlaps for axis in call.geometry):
-        return held > max(call.tile_bytes, WHOLE)
+        return held > max(call.tile_bytes, WHOLE_ROWS if _rows_apart(call) else WHOLE)
+    if by_rows(call) and held <= max(OPERANDS * call.tile_bytes, _tiles.LARGEST):
+        return False
     return held > call.tile_bytes and (held > KEPT or _repeated(call) <= REPEATED)
+
+
+def by_rows(call: Call) -> bool:
+    """Whether there is a product for each row of the kernel, where there are no blocks."""
+    depth, height, width = call.geometry
+    if call.groups > 1 or depth.wraps or height.wraps:
+        return False
+    if not all(isinstance(axis.out, int) for axis in call.geometry):
+        return False
+    cells = call.batch * math.prod(axis.n for axis in call.geometry)
+    wide = width.k > 1 and width.k * call.filters >= LEAST_COLUMNS
+    adds = depth.overlaps or height.overlaps
+    return adds and wide and cells >= LEAST_CELLS and depth.k * height.k <= MOST_ROWS
+
+
+def _rows_apart(call: Call) -> bool:
+    """Whether a block has a product for each row of the kernel, which is a row of the result where nothing overlaps."""
+    depth, height, width = call.geometry
+    whole = all(shifts(axis) == [0] and not axis.overlaps for axis in (depth, height))
+    filters = call.filters // _blocks.count(call.groups, call.channels, call.filters)
+    return whole and width.k * filters >= LEAST_COLUMNS and depth.k * height.k <= MOST_ROWS
+
+
+def _held(call: Call) -> int:
+    """Bytes of all products."""
+    inputs = call.batch * math.prod(axis.n for axis in call.geometry)
+    return inputs * math.prod(axis.k for axis in call.geometry) * call.filters * call.itemsize
 
 
 def _repeated(call: Call) -> float:
@@ -86,19 +127,28 @@ def _spans(
 
 
 def work(call: Call, *, gradients: int) -> Work:
-    """One product for every input, tap and filter, each laid out and added; a transposed copy, and the sums so far."""
-    inputs = call.batch * math.prod(axis.n for axis in call.geometry)
-    products = inputs * math.prod(axis.k for axis in call.geometry) * call.filters
+    """A product for every input, tap and filter, each laid out and added; the kernel, as it is read.
+
+    Temporaries: a transposed copy, and the sums so far.
+    """
+    cells = call.batch * math.prod(axis.n for axis in call.geometry) * math.prod(axis.k for axis in call.geometry)
+    products, held = cells * call.filters, _held(call)
+    kernel = math.prod(axis.k for axis in call.geometry) * call.filters * call.channels // call.groups
     multiply_adds = products * call.channels // call.groups
-    values, held = products * _laid_out(call.geometry), products * call.itemsize
+    laid_out = products * _laid_out(call.geometry)
     if is_elementwise(call) and not gradients:
         return Work(multiply_adds, products, 0)
     if gradients:
-        return Work(gradients * multiply_adds, int(gradients * values), 3 * held)
+        return Work(gradients * multiply_adds, int(gradients * laid_out), 3 * held)
     if in_blocks(call):
         held, more = min(held, call.tile_bytes), _repeated(call)
-        return Work(int(multiply_adds * more), int(values * more), 3 * held)
-    return Work(multiply_adds, int(values), 3 * held)
+        written = call.batch * math.prod(axis.out for axis in call.geometry) * call.filters
+        values = IN_CACHE * laid_out * more + WRITTEN * written
+        return Work(int(multiply_adds * more), int(values), 3 * held)
+    if by_rows(call):
+        kept = call.batch * _kernel_rows.kept(call.geometry) * call.filters
+        return Work(kept * call.channels, kept + kernel, 2 * held + kernel * call.itemsize)
+    return Work(multiply_adds, int(laid_out) + kernel, 3 * held)
 
 
 def _laid_out(geometry: Geometry) -> float:
@@ -119,21 +169,45 @@ def outputs(
     tile_bytes: int,
     result: DTypeLike | None = None,
     bias: jax.Array | None = None,
+    filters_last: bool = False,
 ) -> jax.Array:
-    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``, of dtype ``result``."""
+    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``, of dtype ``result``.
+
+    With ``filters_last`` the kernel is the transpose of one with its filters last, which is taken as it lies.
+    """
     batch = inputs.shape[0] if isinstance(inputs.shape[0], int) else 1
     sizes = (inputs.shape[-1], kernel.shape[3] * groups, groups, jnp.dtype(accumulate).itemsize, tile_bytes)
-    if all(isinstance(axis.out, int) for axis in geometry) and in_blocks(Call(geometry, batch, *sizes)):
+    call = Call(geometry, batch, *sizes)
+    if all(isinstance(axis.out, int) for axis in geometry) and in_blocks(call):
         return _by_block(inputs, kernel, geometry, groups, precision, accumulate, tile_bytes, result, bias)
-    *space, channels = inputs.shape
-    *window, filters, _ = kernel.shape
     if inputs.dtype != kernel.dtype:
         inputs, kernel = (a.astype(_tiles.widest(accumulate, inputs, kernel)) for a in (inputs, kernel))
-    pieces = inputs.reshape(*space, 1, groups, channels // groups)
-    weights = kernel.reshape(-1, filters, groups, channels // groups).transpose(2, 3, 0, 1)[None]
-    taps = contract(pieces, weights, precision=precision, accumulate=accumulate)
-    outputs = _lay_out(taps.reshape(*space, *window, groups * filters), geometry)
-    return _tiles.plus(outputs, bias)
+    static: dict[str, Any] = {"precision": precision, "accumulate": accumulate}
+    if groups > 1:
+        return _tiles.plus(lay_out(_of_groups(inputs, kernel, groups, **static), geometry), bias)
+    kernel = kernel.swapaxes(3, 4) if filters_last else kernel
+    static["filters_last"] = filters_last
+    if by_rows(call):
+        return _tiles.plus(_kernel_rows.outputs(inputs, kernel, geometry, **static), bias)
+    return _tiles.plus(lay_out(_kernel_rows.every_tap(inputs, kernel, **static), geometry), bias)
+
+
+def _of_groups(
+    inputs: jax.Array, kernel: jax.Array, groups: int, *, precision: lax.PrecisionLike, accumulate: DTypeLike
+) -> jax.Array:
+    """``(N, D, H, W, kd, kh, kw, F)``: the inputs times all taps, group by group."""
+    *space, channels = inputs.shape
+    *window, filters, _ = kernel.shape
+    each = channels // groups
+    if each == 1:  # nothing to sum: a product that fuses with what follows
+        pieces = inputs.reshape(*space, 1, groups, 1).astype(accumulate)
+        weights = kernel.reshape(-1, filters, groups).swapaxes(1, 2).astype(accumulate)
+        taps = pieces * weights.reshape(1, 1, 1, 1, *weights.shape)
+    else:
+        pieces, weights = inputs.reshape(*space, groups, each), kernel.reshape(-1, filters, groups, each)
+        sums: dict[str, Any] = {"precision": precision, "preferred_element_type": accumulate}
+        taps = jnp.einsum("nxyzgc,tfgc->nxyztgf", pieces, weights, **sums)
+    return taps.reshape(*space, *window, groups * filters)
 
 
 def _by_block(
@@ -153,25 +227,32 @@ def _by_block(
     *window, filters, channels = kernel.shape
     filters *= groups
     blocks = _blocks.count(groups, channels, filters)
+    each = filters // blocks
     matrices = _blocks.split_kernel(kernel.astype(dtype), groups).reshape(blocks, -1, channels // blocks)
-    spans = _spans(geometry, inputs.shape[0], blocks, filters // blocks, sums.itemsize, tile_bytes)
-    axes = (spans[2].block, spans[3].block, None)
-    depth, height, width = map(_local, geometry, axes)
-    local = (depth, height, width)
+    spans = _spans(geometry, inputs.shape[0], blocks, each, sums.itemsize, tile_bytes)
+    depth, height, width = map(_local, geometry, (spans[2].block, spans[3].block, None))
+    steps, places = [axis.s for axis in geometry[:2]], [(0, 0)]
+    if _rows_apart(Call(geometry, 1, channels, filters, groups, sums.itemsize, tile_bytes)):
+        places = [(d * geometry[0].d, h * geometry[1].d) for d in range(window[0]) for h in range(window[1])]
+        depth, height = (Axis(span.block, 1, 1, 1, 0, span.block) for span in spans[2:])
+        steps, window = [1, 1], [1, 1, window[2]]
     done = bias is None and not any(axis.overlaps for axis in geometry)  # nothing to add: round what the product gives
 
     def compute(slab: jax.Array, group: Any, starts: Sequence[Any]) -> list[Part]:
         matrix = lax.dynamic_index_in_dim(matrices, group, keepdims=False)
         contract = (((4,), (1,)), ((), ()))
         slab = _tiles.values(slab, dtype)
-        taps = lax.dot_general(slab, matrix, contract, precision=precision, preferred_element_type=sums)
-        if done:
-            taps = _rounded(taps, result, starts)
-        outputs = _lay_out(taps.reshape(*taps.shape[:4], *window, filters // blocks), local)
-        if not done:
-            outputs = _tiles.bits(_tiles.plus(outputs, bias, group * (filters // blocks)).astype(result))
-        shape = (spans[0].block, spans[2].block, geometry[0].s, spans[3].block, geometry[1].s)
-        return [(outputs.reshape(*shape, *outputs.shape[3:]), (0, 0))]
+        parts = []
+        for place, rows in zip(places, jnp.split(matrix, len(places)), strict=True):
+            taps = lax.dot_general(slab, rows, contract, precision=precision, preferred_element_type=sums)
+            if done:
+                taps = _rounded(taps, result, starts)
+            outputs = lay_out(taps.reshape(*taps.shape[:4], *window, each), (depth, height, width))
+            if not done:
+                outputs = _tiles.bits(_tiles.plus(outputs, bias, group * each).astype(result))
+            shape = (spans[0].block, spans[2].block, steps[0], spans[3].block, steps[1])
+            parts.append((outputs.reshape(*shape, *outputs.shape[3:]), place))
+        return parts
 
     return walk(inputs, geometry, 0, filters, blocks, spans, dtype, result, compute, bias)
 
@@ -190,14 +271,6 @@ def _local(axis: Axis, block: int | None) -> Axis:
     return Axis(length + span(axis), axis.k, axis.s, axis.d, axis.lo + shifts(axis)[-1] * axis.s, out)
 
 
-def _lay_out(taps: jax.Array, geometry: Geometry) -> jax.Array:
-    """``(N, D, H, W, kd, kh, kw, F)`` to ``(N, *out, F)``: every product to its place."""
-    taps = taps.transpose(0, 1, 4, 2, 5, 3, 6, 7)  # each axis beside its taps
-    for dim, axis in enumerate(geometry, start=1):
-        taps = _overlap_add(taps, dim, axis)
-    return taps
-
-
 def gradients(
     inputs: jax.Array | None,
     kernel: jax.Array | None,
@@ -214,27 +287,3 @@ def gradients(
         cotangent = cotangent.astype(sums)
         inputs, kernel = (a if a is None else a.astype(sums) for a in (inputs, kernel))
     return transposes(outputs, inputs, kernel, cotangent, geometry, channels, **static)
-
-
-def _overlap_add(taps: jax.Array, dim: int, axis: Axis) -> jax.Array:
-    """Turns the axes ``(n, k)`` at ``dim`` into one of length ``out``.
-
-    The taps of a block are consecutive. They are split off all at once: the transpose of a split is one concatenation,
-    where that of a slice is a pad to the full size, as many times as there are blocks.
-    """
-    blocks = [list(group) for _, group in itertools.groupby(tap_phases(axis), key=lambda phase: phase[0])]
-    pieces = []
-    for phases, chunk in zip(blocks, lax.split(taps, [len(b) for b in blocks], dim + 1), strict=True):
-        cells = depth_to_space(chunk, dim, [residue for _, residue in phases], axis.s)
-        pieces.append(_shift(cells, dim, axis, phases[0][0] * axis.s))
-    return functools.reduce(jnp.add, pieces)
-
-
-def _shift(piece: jax.Array, dim: int, axis: Axis, offset: int) -> jax.Array:
-    """Moves ``piece`` to ``offset`` in the full result and cuts the window ``[lo, lo + out)`` out of it."""
-    if axis.wraps:
-        return jnp.roll(piece, offset - axis.lo, dim)
-    low = offset - axis.lo
-    padding = [(0, 0, 0)] * piece.ndim
-    padding[dim] = (low, axis.out - low - axis.n * axis.s, 0)
-    return lax.pad(piece, jnp.zeros((), piece.dtype), padding)

@@ -104,7 +104,10 @@ def outputs(
 
 
 def work(call: Call, *, gradients: int) -> Work:
-    """The gathered shifts, twice (cut out, then side by side), and the multiply-adds with the zeros of the width."""
+    """The gathered shifts, the kernel's matrices and the result, and the multiply-adds with the zeros of the width.
+
+    Matrices and the result pass twice: they are made, and laid out.
+    """
     if gradients:
         return _adjoint.work(call, gradients)
     if _depthwise.takes(call.geometry, call.channels, call.groups):
@@ -129,7 +132,9 @@ def work(call: Call, *, gradients: int) -> Work:
         largest = max(largest, 2 * _turn(_taken(geometry, product)) * call.channels + 2 * written * call.filters)
     room = min(windows * largest * call.itemsize, 2 * call.tile_bytes)
     extended = call.batch * extended_values(geometry, call.channels, call.filters)
-    return Work(multiply_adds, gathered, room + (2 * matrices + extended) * call.itemsize)
+    written = call.batch * math.prod(axis.out for axis in call.geometry) * call.filters
+    values = gathered + 2 * (matrices + written)
+    return Work(multiply_adds, values, room + (2 * matrices + extended) * call.itemsize)
 
 
 Product = tuple[tuple[int, int], tuple[int, int]]

@@ -67,6 +67,8 @@ def work(call: Call, *, gradients: int) -> Work:
     values = patches + times * (rows * products * outer + matrices * (TRANSFORM + turns))
     if inner < SHORT_RUN * math.prod(line.given for line in lines) * blocks:
         values *= 2
+    if not gradients:  # results pass twice
+        values += 2 * call.batch * math.prod(axis.out for axis in call.geometry) * call.filters
     room = min(patches * call.itemsize, largest)
     multiply_adds = times * rows * products * width.k * inner * outer // blocks
     return Work(multiply_adds, values, room + 2 * matrices * call.itemsize)
