@@ -98,7 +98,7 @@ def _from_the_outputs(form: Any) -> Any:
     if None in axes:
         return None
     sides: dict[str, Any] = {"channels": form.filters, "filters": form.channels, "dtypes": form.dtypes[::-1]}
-    return dataclasses.replace(form, geometry=tuple(axes), **sides, channels_first=False)
+    return dataclasses.replace(form, geometry=tuple(axes), **sides, origin=form.origin.turned(), channels_first=False)
 
 
 def platform_of(name: str, exporting: bool = False) -> str:
@@ -240,7 +240,7 @@ def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
     if name == "pallas":
         static["interpret"] = platform not in GPUS
     if name == "matmul" and y is None:
-        static["filters_last"] = form.filters_last
+        static["origin"] = form.origin
     moved = form.channels_first and name not in _EITHER_LAYOUT
     if form.channels_first and not moved:
         static["channels_first"] = True

@@ -21,6 +21,7 @@ from jax import lax
 
 from conv3dt_jax._operation import run
 from conv3dt_jax._spec import Conv3DTransposeSpec
+from conv3dt_jax.lowerings._origin import Origin
 
 CONV_TRANSPOSE, CONV_GENERAL_DILATED = lax.conv_transpose, lax.conv_general_dilated
 """JAX's own, whatever stands in their places later."""
@@ -92,7 +93,7 @@ class Call:
             kernel.reshape(*spec.kernel_size, *kernel.shape[dims:]),
             None,
             spec,
-            filters_last=self.numbers[1][0] == dims + 1,
+            origin=Origin(self.flipped, filters_last=self.numbers[1][0] == dims + 1),
         )
         y = _with_space(y, lowered(_space(y, first), dims), first).astype(self.preferred or self.lhs.dtype)
         if any(crop < 0 for pair in crops for crop in pair):

@@ -29,6 +29,7 @@ from conv3dt_jax._placement import Placement
 from conv3dt_jax._primitives import Form
 from conv3dt_jax._slabs import WHOLE
 from conv3dt_jax._spec import Conv3DTransposeSpec
+from conv3dt_jax.lowerings._origin import AS_GIVEN, Origin
 from conv3dt_jax.lowerings._tiles import plus
 from conv3dt_jax.lowerings._turn import turned_kernel
 
@@ -57,7 +58,7 @@ def read(
     slabs: tuple[int, int, int] = WHOLE,
     cut: Cut | None = None,
     *,
-    filters_last: bool = False,
+    origin: Origin = AS_GIVEN,
 ) -> Reading:
     """The reading of the form for an operation on operands of this dtype."""
     convolution = not isinstance(spec, Conv3DTransposeSpec)
@@ -74,7 +75,7 @@ def read(
         precision=spec.precision,
         implementation=spec.implementation,
         channels_first=outputs and spec.data_format == "channels_first",
-        filters_last=filters_last or (convolution and outputs),
+        origin=origin.turned() if convolution and outputs else origin,
         slabs=slabs,
         cut=cut,
     )
@@ -89,7 +90,7 @@ def run(
     output_size: Sequence[int] | None = None,
     *,
     keras_rules: bool = False,
-    filters_last: bool = False,
+    origin: Origin = AS_GIVEN,
     slabs: tuple[int, int, int] = WHOLE,
     placement: Placement | None = None,
 ) -> jax.Array:
@@ -111,7 +112,7 @@ def run(
         geometry=geometry,
         sums=sums,
         result=result,
-        filters_last=filters_last,
+        origin=origin,
         slabs=slabs,
         cut=cut,
     )
@@ -140,7 +141,7 @@ def checked(
     return geometry
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "geometry", "sums", "result", "filters_last", "slabs", "cut"))
+@functools.partial(jax.jit, static_argnames=("spec", "geometry", "sums", "result", "origin", "slabs", "cut"))
 def _compute(
     inputs: jax.Array,
     kernel: jax.Array,
@@ -150,7 +151,7 @@ def _compute(
     geometry: Geometry,
     sums: np.dtype,
     result: np.dtype,
-    filters_last: bool,
+    origin: Origin,
     slabs: tuple[int, int, int],
     cut: Cut | None,
 ) -> jax.Array:
@@ -164,7 +165,7 @@ def _compute(
     side = "x" if read(spec, geometry, channels, inputs.dtype, sums, result).outputs else "y"
     arranged = _arrangement.arranged(inputs, batch, spec.data_format == "channels_first", cut, side)
     geometry, around = opened(geometry, arranged.shards)
-    reading = read(spec, geometry, channels, inputs.dtype, sums, result, slabs, cut, filters_last=filters_last)
+    reading = read(spec, geometry, channels, inputs.dtype, sums, result, slabs, cut, origin=origin)
     return arranged.restored(computed(arranged.around(around), kernel, bias, reading, spec), shape)
 
 

@@ -34,6 +34,7 @@ from conv3dt_jax._cut import ROLES, Cut, agreed, is_explicit
 from conv3dt_jax._geometry import Geometry
 from conv3dt_jax._slabs import WHOLE
 from conv3dt_jax.lowerings import _triton
+from conv3dt_jax.lowerings._origin import AS_GIVEN, Origin
 
 Shape = tuple[Any, ...]
 
@@ -43,10 +44,9 @@ class Form:
     """What the three directions have in common; static and hashable.
 
     ``dtypes`` are those of the inputs, the kernel and the outputs, ``sums`` that of the sums before they are rounded to
-    the outputs'. Channels and filters count all groups. ``channels_first`` is about the outputs. ``filters_last`` says
-    that the kernel is the transpose of one with its filters last, so that transposing it back is free. Each axis is
-    computed in as many ``slabs``, one after the other. ``cut`` says over which devices operands and results lie, where
-    that is not left to the compiler.
+    the outputs'. Channels and filters count all groups. ``channels_first`` is about the outputs. ``origin`` says
+    what the kernel was made from. Each axis is computed in as many ``slabs``, one after the other. ``cut`` says over
+    which devices operands and results lie, where that is not left to the compiler.
     """
 
     geometry: Geometry
@@ -58,7 +58,7 @@ class Form:
     precision: lax.PrecisionLike
     implementation: str
     channels_first: bool = False
-    filters_last: bool = False
+    origin: Origin = AS_GIVEN
     slabs: tuple[int, int, int] = WHOLE
     cut: Cut | None = None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax.typing import DTypeLike
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings._cells import cells
 from conv3dt_jax.lowerings._laid_out import overlap_add
+from conv3dt_jax.lowerings._origin import Origin
 
 Reach = tuple[int, int, int, int]
 """A tap's residue in a cell, and its inputs ``[first, last)`` whose products are kept, and the cell of the first."""
@@ -47,14 +49,14 @@ def outputs(
     *,
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
-    filters_last: bool,
+    origin: Origin,
 ) -> jax.Array:
-    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F, C)``, or ``(kd, kh, kw, C, F)``, to ``(N, *out, F)``."""
+    """``(N, D, H, W, C)`` and a kernel as it lies, see `Origin.restored`, to ``(N, *out, F)``."""
     depth, height, width = geometry
     phases: dict[tuple[int, int], list[jax.Array]] = {}
-    for row, (d, h) in _rows(kernel, geometry):
+    for row, (d, h) in _rows(kernel, geometry, origin):
         taken = lax.slice_in_dim(lax.slice_in_dim(inputs, d[1], d[2], axis=1), h[1], h[2], axis=2)
-        products = every_tap(taken, row, precision=precision, accumulate=accumulate, filters_last=filters_last)
+        products = every_tap(taken, row, precision=precision, accumulate=accumulate, origin=origin)
         products = overlap_add(products.squeeze((4, 5)), 3, width)
         places = [(0, 0, 0), *(_around(*pair) for pair in ((depth, d), (height, h))), (0, 0, 0), (0, 0, 0)]
         products = lax.pad(products, jnp.zeros((), products.dtype), places)
@@ -68,18 +70,23 @@ def every_tap(
     *,
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
-    filters_last: bool,
+    origin: Origin,
 ) -> jax.Array:
-    """``(N, D, H, W, C)`` times ``(kd, kh, kw, F, C)``, or ``(kd, kh, kw, C, F)``: ``(N, D, H, W, kd, kh, kw, F)``."""
-    contract = (((4,), (3 if filters_last else 4,)), ((), ()))
-    return lax.dot_general(inputs, kernel, contract, precision=precision, preferred_element_type=accumulate)
+    """``(N, D, H, W, C)`` times all taps of a kernel as it lies, in order: ``(N, D, H, W, kd, kh, kw, F)``."""
+    static: dict[str, Any] = {"precision": precision, "preferred_element_type": accumulate}
+    if origin.filters_last:
+        taps = lax.dot_general(inputs, kernel, (((4,), (3,)), ((), ())), **static)
+    else:  # a matrix first: XLA would move the channels to the front
+        taps = lax.dot_general(inputs, kernel.reshape(-1, kernel.shape[4]), (((4,), (1,)), ((), ())), **static)
+        taps = taps.reshape(*inputs.shape[:4], *kernel.shape[:4])
+    return jnp.flip(taps, (4, 5, 6)) if origin.mirrored else taps
 
 
-def _rows(kernel: jax.Array, geometry: Geometry) -> Iterator[tuple[jax.Array, tuple[Reach, Reach]]]:
+def _rows(kernel: jax.Array, geometry: Geometry, origin: Origin) -> Iterator[tuple[jax.Array, tuple[Reach, Reach]]]:
     """Those that reach the result. Split off all at once: the transpose of a split is one concatenation."""
-    depth, height = geometry[:2]
-    for slab, d in zip(lax.split(kernel, (1,) * depth.k, 0), reaches(depth), strict=True):
-        for row, h in zip(lax.split(slab, (1,) * height.k, 1), reaches(height), strict=True):
+    found = [reaches(axis)[:: -1 if origin.mirrored else 1] for axis in geometry[:2]]
+    for slab, d in zip(lax.split(kernel, (1,) * len(found[0]), 0), found[0], strict=True):
+        for row, h in zip(lax.split(slab, (1,) * len(found[1]), 1), found[1], strict=True):
             if d is not None and h is not None:
                 yield row, (d, h)
 

@@ -28,6 +28,7 @@ from conv3dt_jax._geometry import Axis, Geometry, tap_phases
 from conv3dt_jax.lowerings import _adjoint, _blocks, _kernel_rows, _tiles
 from conv3dt_jax.lowerings._cells import cells, shifts, span, walk
 from conv3dt_jax.lowerings._laid_out import lay_out
+from conv3dt_jax.lowerings._origin import AS_GIVEN, Origin
 from conv3dt_jax.lowerings._result import Part
 from conv3dt_jax.lowerings._transposes import transposes
 from conv3dt_jax.lowerings._work import Call, Work
@@ -169,11 +170,11 @@ def outputs(
     tile_bytes: int,
     result: DTypeLike | None = None,
     bias: jax.Array | None = None,
-    filters_last: bool = False,
+    origin: Origin = AS_GIVEN,
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``, of dtype ``result``.
 
-    With ``filters_last`` the kernel is the transpose of one with its filters last, which is taken as it lies.
+    The kernel is taken as it lies, by its ``origin``.
     """
     batch = inputs.shape[0] if isinstance(inputs.shape[0], int) else 1
     sizes = (inputs.shape[-1], kernel.shape[3] * groups, groups, jnp.dtype(accumulate).itemsize, tile_bytes)
@@ -185,8 +186,8 @@ def outputs(
     static: dict[str, Any] = {"precision": precision, "accumulate": accumulate}
     if groups > 1:
         return _tiles.plus(lay_out(_of_groups(inputs, kernel, groups, **static), geometry), bias)
-    kernel = kernel.swapaxes(3, 4) if filters_last else kernel
-    static["filters_last"] = filters_last
+    kernel = origin.restored(kernel)
+    static["origin"] = origin
     if by_rows(call):
         return _tiles.plus(_kernel_rows.outputs(inputs, kernel, geometry, **static), bias)
     return _tiles.plus(lay_out(_kernel_rows.every_tap(inputs, kernel, **static), geometry), bias)
