@@ -11,17 +11,17 @@
   to convolution hardware; integers and complex numbers go to `phases`.
 - CPU, where XLA runs a dilated convolution as a scalar loop: one of the matrix lowerings, by the cost rule below. Both
   gradients are those of `phases` or `winograd`; `winograd` is in question where floating-point numbers are summed in
-  float32 at the default precision. A strided convolution whose blocks would be short is `dilated`, and so is the result
-  of a small plane: XLA has a quick convolution of planes, though none of volumes.
+  float32 at the default precision. A strided convolution whose blocks would be short is `dilated`.
 - sizes that are not known when the operation is traced: `dilated`.
 
 Without strides a CPU computes gradients, and results of two channels, from the side with fewer values (`steps`).
 
 The cost rule, in nanoseconds fitted on two cores of an x86 server, counts multiply-adds and the values that pass
 through the cache, ``MULTIPLY_ADD * multiply_adds + VALUE * values`` (`lowerings._work`): for `matmul` one product for
-every input, tap and filter, dearer where many make up an output; for `phases` the gathered shifts of the inputs, while
-it multiplies some zeros; for `winograd` the transformed inputs and products, while it multiplies half to a third as
-often. Since it rounds more, it must save a seventh.
+every input, tap and filter, dearer where many make up an output, and the kernel as it is read; for `phases` the
+gathered shifts of the inputs, the kernel's matrices and the result, while it multiplies some zeros; for `winograd` the
+transformed inputs, kernel and products, while it multiplies half to a third as often. Since it rounds more, it must
+save a seventh.
 """
 
 from __future__ import annotations

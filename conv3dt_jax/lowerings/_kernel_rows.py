@@ -61,6 +61,9 @@ def outputs(
         places = [(0, 0, 0), *(_around(*pair) for pair in ((depth, d), (height, h))), (0, 0, 0), (0, 0, 0)]
         products = lax.pad(products, jnp.zeros((), products.dtype), places)
         phases.setdefault((d[0], h[0]), []).append(products)
+    if not phases:  # the window lies between the taps
+        filters = kernel.shape[4 if origin.filters_last else 3]
+        return jnp.zeros((inputs.shape[0], *(axis.out for axis in geometry), filters), accumulate)
     return _interleaved({place: functools.reduce(jnp.add, terms) for place, terms in phases.items()}, depth, height)
 
 
