@@ -48,6 +48,9 @@ LEAST_COLUMNS, LEAST_CELLS, MOST_ROWS = 32, 64, _tiles.FEW_SLICES
 """Of a product for a row of the kernel: narrower ones are slow, shorter ones are no more than a copy of the kernel's
 row, and each is compiled."""
 
+LONG_ROWS, FEW_ROWS = 128, 4
+"""Values of a cell's row, and rows of a cell, where blocks write the rows of their products as they are."""
+
 OPERANDS = 4
 """`tile_bytes` in the bytes of operands and result: as much may the products of all rows hold, and a block at least."""
 
@@ -93,11 +96,11 @@ def by_rows(call: Call) -> bool:
 
 
 def _rows_apart(call: Call) -> bool:
-    """Whether a block has a product for each row of the kernel, which is a row of the result where nothing overlaps."""
+    """Whether a block has a product for each row of the kernel, which is a row of the result as it is."""
     depth, height, width = call.geometry
-    whole = all(shifts(axis) == [0] and not axis.overlaps for axis in (depth, height))
+    as_it_is = all(shifts(axis) == [0] and not axis.overlaps for axis in call.geometry) and width.k == width.s
     filters = call.filters // _blocks.count(call.groups, call.channels, call.filters)
-    return whole and width.k * filters >= LEAST_COLUMNS and depth.k * height.k <= MOST_ROWS
+    return as_it_is and width.k * filters >= LONG_ROWS and depth.k * height.k <= FEW_ROWS
 
 
 def _held(call: Call) -> int:

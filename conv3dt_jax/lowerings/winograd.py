@@ -28,6 +28,9 @@ from conv3dt_jax.lowerings._work import Call, Work
 TRANSFORM = 3
 """What a value of a transformed kernel costs, in values of transformed inputs."""
 
+WRITTEN = 4
+"""What a value of the result costs, likewise: it is summed up, laid out and written."""
+
 SHORT_RUN = 16
 """Channels side by side below which values are moved at half the pace."""
 
@@ -67,8 +70,8 @@ def work(call: Call, *, gradients: int) -> Work:
     values = patches + times * (rows * products * outer + matrices * (TRANSFORM + turns))
     if inner < SHORT_RUN * math.prod(line.given for line in lines) * blocks:
         values *= 2
-    if not gradients:  # results pass twice
-        values += 2 * call.batch * math.prod(axis.out for axis in call.geometry) * call.filters
+    if not gradients:
+        values += WRITTEN * call.batch * math.prod(axis.out for axis in call.geometry) * call.filters
     room = min(patches * call.itemsize, largest)
     multiply_adds = times * rows * products * width.k * inner * outer // blocks
     return Work(multiply_adds, values, room + 2 * matrices * call.itemsize)
