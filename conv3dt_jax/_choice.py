@@ -131,7 +131,8 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
     call = Call.of(form, batch, room_for("cpu", form, batch))
     if kind == "inputs" and _has_short_products(form, call):
         return "dilated", "the products of its blocks would be short: the platform's convolution"
-    if forward and not overlaps and (not form.channels_first or matmul.is_elementwise(call)):
+    plain = form.groups == 1 and not form.channels_first
+    if forward and not overlaps and (plain or matmul.is_elementwise(call)):
         return "matmul", "no outputs overlap: one product, no zeros"
     names = [
         "phases",

@@ -37,8 +37,8 @@ MANY_TERMS, UNSTRIDED = 12, 4
 """Products in an output from which on each costs more to lay out; without strides a fourth of them count."""
 
 WHOLE, WHOLE_ROWS = 20 << 20, 8 << 20
-"""Bytes of products up to which there are no blocks where products are few, since a block copies its inputs first; and
-where blocks write the rows of their products as they are."""
+"""Bytes of products up to which there are no blocks where there is little to lay out, since a block copies its inputs
+first; and where blocks write the rows of their products as they are."""
 
 REPEATED, KEPT = 2.0, 32 << 20
 """Products that blocks make for each that is needed, since they share their rims, beyond which there are no blocks
@@ -54,8 +54,12 @@ LONG_ROWS, FEW_ROWS = 128, 4
 OPERANDS = 4
 """`tile_bytes` in the bytes of operands and result: as much may the products of all rows hold, and a block at least."""
 
-IN_CACHE, WRITTEN = 0.3, 2.0
-"""What a product costs within a block, and a value that a block writes, in values that leave the cache."""
+IN_CACHE, WRITTEN, FOLDED = 0.3, 2.0, 0.6
+"""What a product costs within a block, a value that a block writes, and a product for each axis beyond the first along
+which it is added to others, in values that leave the cache."""
+
+GROUPED, MOVED = 2.2, 1.4
+"""What a product of a group costs, and an input that is moved to its group, likewise."""
 
 
 def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
@@ -75,7 +79,7 @@ def in_blocks(call: Call) -> bool:
         return False
     products = math.prod(axis.k for axis in call.geometry) * call.filters
     held = _held(call)
-    if products < call.channels or not any(axis.overlaps for axis in call.geometry):
+    if products < call.channels or sum(axis.overlaps for axis in call.geometry) <= 1:  # little to lay out
         return held > max(call.tile_bytes, WHOLE_ROWS if _rows_apart(call) else WHOLE)
     if by_rows(call) and held <= max(OPERANDS * call.tile_bytes, _tiles.LARGEST):
         return False
@@ -144,15 +148,20 @@ def work(call: Call, *, gradients: int) -> Work:
         return Work(multiply_adds, products, 0)
     if gradients:
         return Work(gradients * multiply_adds, int(gradients * laid_out), 3 * held)
+    written = call.batch * math.prod(axis.out for axis in call.geometry) * call.filters
     if in_blocks(call):
         held, more = min(held, call.tile_bytes), _repeated(call)
-        written = call.batch * math.prod(axis.out for axis in call.geometry) * call.filters
         values = IN_CACHE * laid_out * more + WRITTEN * written
         return Work(int(multiply_adds * more), int(values), 3 * held)
     if by_rows(call):
         kept = call.batch * _kernel_rows.kept(call.geometry) * call.filters
         return Work(kept * call.channels, kept + kernel, 2 * held + kernel * call.itemsize)
-    return Work(multiply_adds, int(laid_out) + kernel, 3 * held)
+    if call.groups > 1:
+        moved = call.batch * math.prod(axis.n for axis in call.geometry) * call.channels
+        return Work(multiply_adds, int(GROUPED * laid_out + MOVED * moved), 3 * held)
+    added = sum(axis.overlaps for axis in call.geometry)
+    values = written + FOLDED * max(added - 1, 0) * laid_out + kernel
+    return Work(multiply_adds, int(values), 3 * held)
 
 
 def _laid_out(geometry: Geometry) -> float:
