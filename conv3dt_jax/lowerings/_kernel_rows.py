@@ -7,7 +7,6 @@ outside the result take no part: an eighth of them per axis where 4 inputs meet 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -53,18 +52,17 @@ def outputs(
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and a kernel as it lies, see `Origin.restored`, to ``(N, *out, F)``."""
     depth, height, width = geometry
-    phases: dict[tuple[int, int], list[jax.Array]] = {}
-    for row, (d, h) in _rows(kernel, geometry, origin):
+    terms: dict[tuple[int, int], jax.Array] = {}
+    for place, row, (d, h) in _rows(kernel, geometry, origin):
         taken = lax.slice_in_dim(lax.slice_in_dim(inputs, d[1], d[2], axis=1), h[1], h[2], axis=2)
-        products = every_tap(taken, row, precision=precision, accumulate=accumulate, origin=origin)
-        products = overlap_add(products.squeeze((4, 5)), 3, width)
-        places = [(0, 0, 0), *(_around(*pair) for pair in ((depth, d), (height, h))), (0, 0, 0), (0, 0, 0)]
-        products = lax.pad(products, jnp.zeros((), products.dtype), places)
-        phases.setdefault((d[0], h[0]), []).append(products)
-    if not phases:  # the window lies between the taps
+        products = every_tap(taken, row, precision=precision, accumulate=accumulate, origin=origin).squeeze((4, 5))
+        around = [(0, 0, 0), _around(depth, d), _around(height, h), *[(0, 0, 0)] * 3]
+        terms[place] = lax.pad(products, jnp.zeros((), products.dtype), around)
+    if not terms:  # the window lies between the taps
         filters = kernel.shape[4 if origin.filters_last else 3]
         return jnp.zeros((inputs.shape[0], *(axis.out for axis in geometry), filters), accumulate)
-    return _interleaved({place: functools.reduce(jnp.add, terms) for place, terms in phases.items()}, depth, height)
+    phases = {place: overlap_add(found, 3, width) for place, found in _summed(terms, depth, height).items()}
+    return _interleaved(phases, depth, height)
 
 
 def every_tap(
@@ -85,13 +83,32 @@ def every_tap(
     return jnp.flip(taps, (4, 5, 6)) if origin.mirrored else taps
 
 
-def _rows(kernel: jax.Array, geometry: Geometry, origin: Origin) -> Iterator[tuple[jax.Array, tuple[Reach, Reach]]]:
-    """Those that reach the result. Split off all at once: the transpose of a split is one concatenation."""
-    found = [reaches(axis)[:: -1 if origin.mirrored else 1] for axis in geometry[:2]]
-    for slab, d in zip(lax.split(kernel, (1,) * len(found[0]), 0), found[0], strict=True):
-        for row, h in zip(lax.split(slab, (1,) * len(found[1]), 1), found[1], strict=True):
+def _rows(
+    kernel: jax.Array, geometry: Geometry, origin: Origin
+) -> Iterator[tuple[tuple[int, int], jax.Array, tuple[Reach, Reach]]]:
+    """Those that reach the result, with their taps in depth and height.
+
+    Split off all at once: the transpose of a split is one concatenation.
+    """
+    depth, height = (list(enumerate(reaches(axis)))[:: -1 if origin.mirrored else 1] for axis in geometry[:2])
+    for slab, (i, d) in zip(lax.split(kernel, (1,) * len(depth), 0), depth, strict=True):
+        for row, (j, h) in zip(lax.split(slab, (1,) * len(height), 1), height, strict=True):
             if d is not None and h is not None:
-                yield row, (d, h)
+                yield (i, j), row, (d, h)
+
+
+def _summed(terms: dict[tuple[int, int], jax.Array], depth: Axis, height: Axis) -> dict[tuple[int, int], jax.Array]:
+    """The phases in depth and height: sums over depth, then over height, tap after tap, as `lay_out` adds them up."""
+    residues = [[(tap * axis.d - axis.lo) % axis.s for tap in range(axis.k)] for axis in (depth, height)]
+    columns: dict[tuple[int, int], jax.Array] = {}
+    for (i, j), term in sorted(terms.items(), key=lambda item: item[0]):
+        place = (residues[0][i], j)
+        columns[place] = columns[place] + term if place in columns else term
+    phases: dict[tuple[int, int], jax.Array] = {}
+    for (d, j), column in sorted(columns.items(), key=lambda item: item[0]):
+        place = (d, residues[1][j])
+        phases[place] = phases[place] + column if place in phases else column
+    return phases
 
 
 def _around(axis: Axis, reach: Reach) -> tuple[int, int, int]:

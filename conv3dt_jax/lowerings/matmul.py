@@ -158,7 +158,7 @@ def work(call: Call, *, gradients: int) -> Work:
         return Work(kept * call.channels, kept + kernel, 2 * held + kernel * call.itemsize)
     if call.groups > 1:
         moved = call.batch * math.prod(axis.n for axis in call.geometry) * call.channels
-        return Work(multiply_adds, int(GROUPED * laid_out + MOVED * moved), 3 * held)
+        return Work(multiply_adds, int(GROUPED * laid_out + MOVED * moved) + kernel, 3 * held)
     added = sum(axis.overlaps for axis in call.geometry)
     values = written + FOLDED * max(added - 1, 0) * laid_out + kernel
     return Work(multiply_adds, int(values), 3 * held)
