@@ -55,14 +55,14 @@ def outputs(
     terms: dict[tuple[int, int], jax.Array] = {}
     for place, row, (d, h) in _rows(kernel, geometry, origin):
         taken = lax.slice_in_dim(lax.slice_in_dim(inputs, d[1], d[2], axis=1), h[1], h[2], axis=2)
-        products = every_tap(taken, row, precision=precision, accumulate=accumulate, origin=origin).squeeze((4, 5))
-        around = [(0, 0, 0), _around(depth, d), _around(height, h), *[(0, 0, 0)] * 3]
+        products = every_tap(taken, row, precision=precision, accumulate=accumulate, origin=origin)
+        products = overlap_add(products.squeeze((4, 5)), 3, width)
+        around = [(0, 0, 0), _around(depth, d), _around(height, h), (0, 0, 0), (0, 0, 0)]
         terms[place] = lax.pad(products, jnp.zeros((), products.dtype), around)
     if not terms:  # the window lies between the taps
         filters = kernel.shape[4 if origin.filters_last else 3]
         return jnp.zeros((inputs.shape[0], *(axis.out for axis in geometry), filters), accumulate)
-    phases = {place: overlap_add(found, 3, width) for place, found in _summed(terms, depth, height).items()}
-    return _interleaved(phases, depth, height)
+    return _interleaved(_summed(terms, depth, height), depth, height)
 
 
 def every_tap(
@@ -98,16 +98,14 @@ def _rows(
 
 
 def _summed(terms: dict[tuple[int, int], jax.Array], depth: Axis, height: Axis) -> dict[tuple[int, int], jax.Array]:
-    """The phases in depth and height: sums over depth, then over height, tap after tap, as `lay_out` adds them up."""
-    residues = [[(tap * axis.d - axis.lo) % axis.s for tap in range(axis.k)] for axis in (depth, height)]
-    columns: dict[tuple[int, int], jax.Array] = {}
-    for (i, j), term in sorted(terms.items(), key=lambda item: item[0]):
-        place = (residues[0][i], j)
-        columns[place] = columns[place] + term if place in columns else term
-    phases: dict[tuple[int, int], jax.Array] = {}
-    for (d, j), column in sorted(columns.items(), key=lambda item: item[0]):
-        place = (d, residues[1][j])
-        phases[place] = phases[place] + column if place in phases else column
+    """The phases in depth and height: sums over height, then over depth, tap after tap, as `lay_out` adds them up."""
+    phases = terms
+    for dim, axis in ((1, height), (0, depth)):
+        phases, found = {}, sorted(phases.items(), key=lambda item: item[0])
+        for place, term in found:
+            residue = (place[dim] * axis.d - axis.lo) % axis.s
+            place = (residue, place[1]) if dim == 0 else (place[0], residue)
+            phases[place] = phases[place] + term if place in phases else term
     return phases
 
 

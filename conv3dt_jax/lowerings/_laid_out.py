@@ -16,7 +16,7 @@ from conv3dt_jax._geometry import Axis, Geometry, tap_phases
 def lay_out(taps: jax.Array, geometry: Geometry) -> jax.Array:
     """``(N, D, H, W, kd, kh, kw, F)`` to ``(N, *out, F)``: every product to its place."""
     taps = taps.transpose(0, 1, 4, 2, 5, 3, 6, 7)  # each axis beside its taps
-    for dim, axis in enumerate(geometry, start=1):
+    for dim, axis in zip((5, 3, 1), geometry[::-1], strict=True):
         taps = overlap_add(taps, dim, axis)
     return taps
 

@@ -58,8 +58,9 @@ IN_CACHE, WRITTEN, FOLDED = 0.3, 2.0, 0.6
 """What a product costs within a block, a value that a block writes, and a product for each axis beyond the first along
 which it is added to others, in values that leave the cache."""
 
-GROUPED, MOVED = 2.2, 1.4
-"""What a product of a group costs, and an input that is moved to its group, likewise."""
+GROUPED, MOVED, WALKED = 2.2, 1.4, 1.15
+"""What a product of a group costs, and an input that is moved to its group, likewise; and how much more blocks cost where
+they walk the groups too."""
 
 
 def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
@@ -151,7 +152,7 @@ def work(call: Call, *, gradients: int) -> Work:
     written = call.batch * math.prod(axis.out for axis in call.geometry) * call.filters
     if in_blocks(call):
         held, more = min(held, call.tile_bytes), _repeated(call)
-        values = IN_CACHE * laid_out * more + WRITTEN * written
+        values = (IN_CACHE * laid_out * more + WRITTEN * written) * (WALKED if call.groups > 1 else 1)
         return Work(int(multiply_adds * more), int(values), 3 * held)
     if by_rows(call):
         kept = call.batch * _kernel_rows.kept(call.geometry) * call.filters
