@@ -11,6 +11,7 @@ from jax import export
 
 import conv3dt_jax as c3t
 from conv3dt_jax import _choice, _primitives, _spec
+from tests import oracle
 
 PRIMITIVES = {"dilated": "stablehlo.convolution", "matmul": "stablehlo.dot_general", "phases": "stablehlo.dot_general"}
 
@@ -272,3 +273,11 @@ def test_strided_convolutions_of_long_patches_are_the_platform_s(space, channels
     """Measured 1.3 times faster, where few rows fit a block."""
     spec = c3t.Conv3DSpec(filters, 3, strides, "same")
     assert c3t.explain((1, space, space, space, channels), spec, platforms=["cpu"]).forward["cpu"].lowering == name
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(2, 16, 16), ((5, 5, 32), 16, 4)])
+def test_a_large_cell_of_few_taps_is_not_thousands_of_operations(kernel, stride, dilation) -> None:
+    """Its taps overlap, and most of its places are reached by none."""
+    x, w = jnp.ones((2, 4, 4, 4, 3)), jnp.ones((*oracle.triple(kernel), 2, 3))
+    run = functools.partial(c3t.conv3d_transpose, strides=stride, dilation_rate=dilation, implementation="matmul")
+    assert jax.jit(run).lower(x, w).as_text().count("stablehlo.") < 400

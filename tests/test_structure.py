@@ -32,7 +32,6 @@ FLOORS = [
     {
         "lowerings._blocks",
         "lowerings._gather",
-        "lowerings._laid_out",
         "lowerings._minimal",
         "lowerings._reduce",
         "lowerings._side_by_side",
@@ -43,8 +42,8 @@ FLOORS = [
     {"_convolution_spec", "lowerings._pallas_plans", "lowerings._result"},
     {"_spec"},
     {"lowerings._cells"},
-    {"lowerings._lines", "lowerings._depthwise", "lowerings._kernel_rows"},
-    {"lowerings._adjoint", "lowerings._correlation"},
+    {"lowerings._lines", "lowerings._depthwise", "lowerings._laid_out"},
+    {"lowerings._adjoint", "lowerings._correlation", "lowerings._kernel_rows"},
     {"lowerings.dilated", "lowerings.matmul", "lowerings.pallas", "lowerings.phases", "lowerings.winograd"},
     {"_operands", "lowerings"},
     {"_slabs"},

@@ -8,7 +8,7 @@ outside the result take no part: an eighth of them per axis where 4 inputs meet 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings._cells import cells
-from conv3dt_jax.lowerings._laid_out import overlap_add
+from conv3dt_jax.lowerings._laid_out import interleaved, overlap_add, summed
 from conv3dt_jax.lowerings._origin import Origin
 
 Reach = tuple[int, int, int, int]
@@ -52,7 +52,7 @@ def outputs(
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and a kernel as it lies, see `Origin.restored`, to ``(N, *out, F)``."""
     depth, height, width = geometry
-    terms: dict[tuple[int, int], jax.Array] = {}
+    terms: dict[tuple[int, ...], jax.Array] = {}
     for place, row, (d, h) in _rows(kernel, geometry, origin):
         taken = lax.slice_in_dim(lax.slice_in_dim(inputs, d[1], d[2], axis=1), h[1], h[2], axis=2)
         products = every_tap(taken, row, precision=precision, accumulate=accumulate, origin=origin)
@@ -62,7 +62,7 @@ def outputs(
     if not terms:  # the window lies between the taps
         filters = kernel.shape[4 if origin.filters_last else 3]
         return jnp.zeros((inputs.shape[0], *(axis.out for axis in geometry), filters), accumulate)
-    return _interleaved(_summed(terms, depth, height), depth, height)
+    return interleaved(summed(terms, geometry[:2]), geometry[:2])
 
 
 def every_tap(
@@ -97,36 +97,7 @@ def _rows(
                 yield (i, j), row, (d, h)
 
 
-def _summed(terms: dict[tuple[int, int], jax.Array], depth: Axis, height: Axis) -> dict[tuple[int, int], jax.Array]:
-    """The phases in depth and height: sums over height, then over depth, tap after tap, as `lay_out` adds them up."""
-    phases = terms
-    for dim, axis in ((1, height), (0, depth)):
-        phases, found = {}, sorted(phases.items(), key=lambda item: item[0])
-        for place, term in found:
-            residue = (place[dim] * axis.d - axis.lo) % axis.s
-            place = (residue, place[1]) if dim == 0 else (place[0], residue)
-            phases[place] = phases[place] + term if place in phases else term
-    return phases
-
-
 def _around(axis: Axis, reach: Reach) -> tuple[int, int, int]:
     """Cells before and behind those that a tap reaches."""
     _, first, last, cell = reach
     return cell, cells(axis) - cell - (last - first), 0
-
-
-def _interleaved(phases: dict[tuple[int, int], jax.Array], depth: Axis, height: Axis) -> jax.Array:
-    """The phases ``(N, cells, cells, W, F)`` in depth and height, as the result."""
-    zeros = jnp.zeros_like(next(iter(phases.values())))
-    planes = [_stacked([phases.get((d, h), zeros) for h in range(height.s)], 2) for d in range(depth.s)]
-    return lax.slice_in_dim(
-        lax.slice_in_dim(_stacked(planes, 1), 0, depth.out, axis=1), 0, height.out, axis=2
-    )  # fmt: skip
-
-
-def _stacked(parts: Sequence[jax.Array], dim: int) -> jax.Array:
-    """Cells of one phase after the other at ``dim``."""
-    if len(parts) == 1:
-        return parts[0]
-    found = jnp.stack(parts, dim + 1)
-    return found.reshape(*found.shape[:dim], -1, *found.shape[dim + 2 :])

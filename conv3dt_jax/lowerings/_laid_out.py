@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -11,22 +12,87 @@ import jax.numpy as jnp
 from jax import lax
 
 from conv3dt_jax._geometry import Axis, Geometry, tap_phases
+from conv3dt_jax.lowerings._cells import cells
+
+FEW_TAPS = 27
+"""Taps, and outputs of a cell, that are laid out in one pass: each is an operation of its own, and is compiled."""
 
 
 def lay_out(taps: jax.Array, geometry: Geometry) -> jax.Array:
     """``(N, D, H, W, kd, kh, kw, F)`` to ``(N, *out, F)``: every product to its place."""
+    if _few(geometry):
+        return _phase_by_phase(taps, geometry)
     taps = taps.transpose(0, 1, 4, 2, 5, 3, 6, 7)  # each axis beside its taps
     for dim, axis in zip((5, 3, 1), geometry[::-1], strict=True):
         taps = overlap_add(taps, dim, axis)
     return taps
 
 
-def overlap_add(taps: jax.Array, dim: int, axis: Axis) -> jax.Array:
-    """Turns the axes ``(n, k)`` at ``dim`` into one of length ``out``.
+def _few(geometry: Geometry) -> bool:
+    """Whether products overlap, and are so few for an input that each may have an operation of its own."""
+    if any(axis.wraps or not isinstance(axis.out, int) for axis in geometry):
+        return False
+    pieces = max(math.prod(axis.k for axis in geometry), math.prod(axis.s for axis in geometry))
+    return any(axis.overlaps for axis in geometry) and pieces <= FEW_TAPS
 
-    The taps of a block are consecutive. They are split off all at once: the transpose of a split is one concatenation,
-    where that of a slice is a pad to the full size, as many times as there are blocks.
+
+def _phase_by_phase(taps: jax.Array, geometry: Geometry) -> jax.Array:
+    """One pass over the products: each output of a cell is the sum of the taps that fall on it.
+
+    All taps are split off: the transpose of a split is one concatenation, where that of a slice is a pad to the full
+    size.
     """
+    parts: dict[tuple[int, ...], jax.Array] = {(): taps}
+    for dim, axis in enumerate(geometry, start=4):
+        parts = {
+            (*place, tap): chunk
+            for place, part in parts.items()
+            for tap, chunk in enumerate(lax.split(part, (1,) * axis.k, dim))
+        }
+    terms = {}
+    for place, part in parts.items():
+        padding = [(0, 0, 0)]
+        for tap, axis in zip(place, geometry, strict=True):
+            cell = (tap * axis.d - axis.lo) // axis.s
+            padding.append((cell, cells(axis) - axis.n - cell, 0))
+        terms[place] = lax.pad(part.squeeze((4, 5, 6)), jnp.zeros((), taps.dtype), [*padding, (0, 0, 0)])
+    return interleaved(summed(terms, geometry), geometry)
+
+
+def summed(terms: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) -> dict[tuple[int, ...], jax.Array]:
+    """The phases, by the places of the outputs in their cells, of what each tap gives for all cells.
+
+    Added up along the last axis first, tap after tap: the bits do not depend on who lays out.
+    """
+    phases = terms
+    for dim, axis in reversed(list(enumerate(axes))):
+        phases, found = {}, sorted(phases.items(), key=lambda item: item[0])
+        for place, term in found:
+            residue = (place[dim] * axis.d - axis.lo) % axis.s
+            place = (*place[:dim], residue, *place[dim + 1 :])
+            phases[place] = phases[place] + term if place in phases else term
+    return phases
+
+
+def interleaved(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) -> jax.Array:
+    """``(N, cells, ..., F)`` for each place in the cells of the first axes: the outputs of these, in order."""
+    some = next(iter(phases.values()))
+
+    def stacked(place: tuple[int, ...]) -> jax.Array:
+        dim = len(place)
+        if dim == len(axes):
+            return phases[place] if place in phases else jnp.zeros_like(some)
+        parts = [stacked((*place, residue)) for residue in range(axes[dim].s)]
+        found = parts[0] if len(parts) == 1 else jnp.stack(parts, dim + 2)
+        return found.reshape(*found.shape[: dim + 1], -1, *found.shape[dim + 2 + (len(parts) > 1) :])
+
+    found = stacked(())
+    outs = [axis.out for axis in axes]
+    return lax.slice(found, [0] * found.ndim, [found.shape[0], *outs, *found.shape[len(axes) + 1 :]])
+
+
+def overlap_add(taps: jax.Array, dim: int, axis: Axis) -> jax.Array:
+    """Turns the axes ``(n, k)`` at ``dim`` into one of length ``out``; the taps of a block are consecutive."""
     blocks = [list(group) for _, group in itertools.groupby(tap_phases(axis), key=lambda phase: phase[0])]
     pieces = []
     for phases, chunk in zip(blocks, lax.split(taps, [len(b) for b in blocks], dim + 1), strict=True):

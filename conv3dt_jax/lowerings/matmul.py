@@ -59,8 +59,8 @@ IN_CACHE, WRITTEN, FOLDED = 0.3, 2.0, 0.6
 which it is added to others, in values that leave the cache."""
 
 GROUPED, MOVED, WALKED = 2.2, 1.4, 1.15
-"""What a product of a group costs, and an input that is moved to its group, likewise; and how much more blocks cost where
-they walk the groups too."""
+"""What a product of a group costs, and an input that is moved to its group, likewise; how much more blocks cost that
+walk groups too."""
 
 
 def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
@@ -97,7 +97,8 @@ def by_rows(call: Call) -> bool:
     cells = call.batch * math.prod(axis.n for axis in call.geometry)
     wide = width.k > 1 and width.k * call.filters >= LEAST_COLUMNS
     adds = depth.overlaps or height.overlaps
-    return adds and wide and cells >= LEAST_CELLS and depth.k * height.k <= MOST_ROWS
+    few = max(depth.k * height.k, depth.s * height.s) <= MOST_ROWS
+    return adds and wide and few and cells >= LEAST_CELLS
 
 
 def _rows_apart(call: Call) -> bool:
