@@ -1,5 +1,6 @@
 """`matmul` where the kernel is the larger operand: row by row, as it lies; and blocks that write such rows."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 import conv3dt_jax as c3t
 from conv3dt_jax import _choice
 from conv3dt_jax._geometry import resolve_axis
-from conv3dt_jax.lowerings import _kernel_rows, matmul
+from conv3dt_jax.lowerings import _kernel_rows, _tiles, matmul
 from conv3dt_jax.lowerings._origin import Origin
 from conv3dt_jax.lowerings._turn import turned_kernel
 from conv3dt_jax.lowerings._work import Call
@@ -97,6 +98,7 @@ def test_rows_are_for_many_cells_and_wide_kernels_that_overlap() -> None:
     assert not matmul.by_rows(rows_call(kernel=2, filters=32))
     assert not matmul.by_rows(rows_call(kernel=(3, 3, 1), filters=64))
     assert not matmul.by_rows(rows_call(kernel=7))
+    assert not matmul.by_rows(dataclasses.replace(rows_call(), tile_bytes=_tiles.tile_bytes("cuda", itemsize=4)))
 
 
 @pytest.mark.parametrize("padding", ["same", "valid", 1])

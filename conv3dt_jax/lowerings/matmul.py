@@ -88,9 +88,9 @@ def in_blocks(call: Call) -> bool:
 
 
 def by_rows(call: Call) -> bool:
-    """Whether there is a product for each row of the kernel, where there are no blocks."""
+    """Whether there is a product for each row of the kernel, where there are no blocks; on a CPU."""
     depth, height, width = call.geometry
-    if call.groups > 1 or depth.wraps or height.wraps:
+    if call.tile_bytes > _tiles.LARGEST or call.groups > 1 or depth.wraps or height.wraps:
         return False
     if not all(isinstance(axis.out, int) for axis in call.geometry):
         return False
