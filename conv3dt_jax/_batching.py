@@ -194,10 +194,23 @@ def _one(axis: Any, operands: Any, dims: Any, alone: Callable[..., Any], rule: C
     return jnp.broadcast_to(found[None], (axis.size, *found.shape))
 
 
+def _empty(primitive: Any, operands: Any, dims: Any, form: Form) -> Any:
+    """What a mapped axis without elements gives: nothing can be merged with it and split off again."""
+    one = [
+        jax.ShapeDtypeStruct([size for at, size in enumerate(array.shape) if at != dim], array.dtype)
+        for array, dim in zip(operands, dims, strict=True)
+    ]
+    alone = dataclasses.replace(form, cut=None)
+    shapes = jax.eval_shape(functools.partial(primitive.bind, form=alone), *one)
+    found = jax.tree.map(lambda aval: jnp.zeros((0, *aval.shape), aval.dtype), shapes)
+    return found, [0] * len(found) if primitive.multiple_results else 0
+
+
 def _register(primitive: Any, rule: Callable[..., Any]) -> None:
     def batched(axis: Any, operands: Any, dims: Any, *, form: Form) -> Any:
         if any(dim is not None for dim in dims):
-            return rule(axis, operands, dims, form=form)
+            empty = isinstance(axis.size, int) and axis.size == 0
+            return _empty(primitive, operands, dims, form) if empty else rule(axis, operands, dims, form=form)
         found = primitive.bind(*operands, form=form)
         return found, [None] * len(found) if primitive.multiple_results else None
 

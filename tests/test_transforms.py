@@ -280,3 +280,15 @@ def test_channels_first_is_channels_last_moved_under_every_derivative_and_map(im
         )
     for got, want in zip(*(jax.tree.leaves(everything(run)(*called)) for run in (first, last)), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0)])
+def test_a_mapped_axis_without_elements_gives_none(in_axes) -> None:
+    sizes = [(0,) if axis == 0 else () for axis in in_axes]
+    x, w = (jnp.ones((*size, *shape)) for size, shape in zip(sizes, ((1, 4, 3, 2, 4), (2, 3, 2, 5, 4)), strict=True))
+    run = jax.vmap(lambda x, w: c3t.conv3d_transpose(x, w, strides=2), in_axes)
+    assert run(x, w).shape == (0, 1, 8, 7, 4, 5)
+    gradients = jax.jit(jax.grad(lambda x, w: run(x, w).sum(), (0, 1)))(x, w)
+    for gradient, operand in zip(gradients, (x, w), strict=True):
+        np.testing.assert_array_equal(gradient, jnp.zeros_like(operand))
+    assert jax.jvp(run, (x, w), (x, w))[1].shape == (0, 1, 8, 7, 4, 5)

@@ -18,9 +18,12 @@ FEW_TAPS = 27
 """Taps, and outputs of a cell, that are laid out in one pass: each is an operation of its own, and is compiled."""
 
 
-def lay_out(taps: jax.Array, geometry: Geometry) -> jax.Array:
-    """``(N, D, H, W, kd, kh, kw, F)`` to ``(N, *out, F)``: every product to its place."""
-    if _few(geometry):
+def lay_out(taps: jax.Array, geometry: Geometry, *, phase_by_phase: bool) -> jax.Array:
+    """``(N, D, H, W, kd, kh, kw, F)`` to ``(N, *out, F)``: every product to its place.
+
+    With ``phase_by_phase`` in one pass, where it can be.
+    """
+    if phase_by_phase and _few(geometry):
         return _phase_by_phase(taps, geometry)
     taps = taps.transpose(0, 1, 4, 2, 5, 3, 6, 7)  # each axis beside its taps
     for dim, axis in zip((5, 3, 1), geometry[::-1], strict=True):
@@ -83,8 +86,8 @@ def interleaved(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) 
         if dim == len(axes):
             return phases[place] if place in phases else jnp.zeros_like(some)
         parts = [stacked((*place, residue)) for residue in range(axes[dim].s)]
-        found = parts[0] if len(parts) == 1 else jnp.stack(parts, dim + 2)
-        return found.reshape(*found.shape[: dim + 1], -1, *found.shape[dim + 2 + (len(parts) > 1) :])
+        found = jnp.stack(parts, dim + 2)
+        return lax.collapse(found, dim + 1, dim + 3)
 
     found = stacked(())
     outs = [axis.out for axis in axes]

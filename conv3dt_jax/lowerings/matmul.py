@@ -198,13 +198,16 @@ def outputs(
     if inputs.dtype != kernel.dtype:
         inputs, kernel = (a.astype(_tiles.widest(accumulate, inputs, kernel)) for a in (inputs, kernel))
     static: dict[str, Any] = {"precision": precision, "accumulate": accumulate}
+    on_cpu = tile_bytes <= _tiles.LARGEST
     if groups > 1:
-        return _tiles.plus(lay_out(_of_groups(inputs, kernel, groups, **static), geometry), bias)
+        taps = _of_groups(inputs, kernel, groups, **static)
+        return _tiles.plus(lay_out(taps, geometry, phase_by_phase=on_cpu), bias)
     kernel = origin.restored(kernel)
     static["origin"] = origin
     if by_rows(call):
         return _tiles.plus(_kernel_rows.outputs(inputs, kernel, geometry, **static), bias)
-    return _tiles.plus(lay_out(_kernel_rows.every_tap(inputs, kernel, **static), geometry), bias)
+    taps = _kernel_rows.every_tap(inputs, kernel, **static)
+    return _tiles.plus(lay_out(taps, geometry, phase_by_phase=on_cpu), bias)
 
 
 def _of_groups(
@@ -262,7 +265,7 @@ def _by_block(
             taps = lax.dot_general(slab, rows, contract, precision=precision, preferred_element_type=sums)
             if done:
                 taps = _rounded(taps, result, starts)
-            outputs = lay_out(taps.reshape(*taps.shape[:4], *window, each), (depth, height, width))
+            outputs = lay_out(taps.reshape(*taps.shape[:4], *window, each), (depth, height, width), phase_by_phase=True)
             if not done:
                 outputs = _tiles.bits(_tiles.plus(outputs, bias, group * each).astype(result))
             shape = (spans[0].block, spans[2].block, steps[0], spans[3].block, steps[1])
