@@ -21,8 +21,8 @@ from conv3dt_jax.lowerings._cells import cells
 from conv3dt_jax.lowerings._laid_out import interleaved, overlap_add, summed
 from conv3dt_jax.lowerings._origin import Origin
 
-Reach = tuple[int, int, int, int]
-"""A tap's residue in a cell, and its inputs ``[first, last)`` whose products are kept, and the cell of the first."""
+Reach = tuple[int, int, int]
+"""A tap's inputs ``[first, last)`` whose products are kept, and the cell of the first."""
 
 
 def reaches(axis: Axis) -> list[Reach | None]:
@@ -31,13 +31,13 @@ def reaches(axis: Axis) -> list[Reach | None]:
     for tap in range(axis.k):
         shift, residue = divmod(tap * axis.d - axis.lo, axis.s)
         first, last = max(0, -shift), min(axis.n, (axis.out - 1 - residue) // axis.s + 1 - shift)
-        found.append((residue, first, last, first + shift) if last > first else None)
+        found.append((first, last, first + shift) if last > first else None)
     return found
 
 
 def kept(geometry: Geometry) -> int:
     """Inputs times taps, of one sample."""
-    rows = [sum(reach[2] - reach[1] for reach in reaches(axis) if reach) for axis in geometry[:2]]
+    rows = [sum(reach[1] - reach[0] for reach in reaches(axis) if reach) for axis in geometry[:2]]
     return math.prod(rows) * geometry[2].n * geometry[2].k
 
 
@@ -54,7 +54,7 @@ def outputs(
     depth, height, width = geometry
     terms: dict[tuple[int, ...], jax.Array] = {}
     for place, row, (d, h) in _rows(kernel, geometry, origin):
-        taken = lax.slice_in_dim(lax.slice_in_dim(inputs, d[1], d[2], axis=1), h[1], h[2], axis=2)
+        taken = lax.slice_in_dim(lax.slice_in_dim(inputs, *d[:2], axis=1), *h[:2], axis=2)
         products = every_tap(taken, row, precision=precision, accumulate=accumulate, origin=origin)
         products = overlap_add(products.squeeze((4, 5)), 3, width)
         around = [(0, 0, 0), _around(depth, d), _around(height, h), (0, 0, 0), (0, 0, 0)]
@@ -99,5 +99,5 @@ def _rows(
 
 def _around(axis: Axis, reach: Reach) -> tuple[int, int, int]:
     """Cells before and behind those that a tap reaches."""
-    _, first, last, cell = reach
+    first, last, cell = reach
     return cell, cells(axis) - cell - (last - first), 0

@@ -1,4 +1,4 @@
-"""Products of inputs and taps at their places in the result, one axis after the other."""
+"""Products of inputs and taps at their places in the result: in one pass, or one axis after the other."""
 
 from __future__ import annotations
 
