@@ -128,9 +128,9 @@ def test_rows_in_other_dtypes_round_once(dtype, rounding) -> None:
 @pytest.mark.parametrize("numbers", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("NHWC", "HWOI", "NCHW")])
 def test_lifted_calls_hand_their_kernel_over_as_it_lies(numbers, transpose_kernel) -> None:
     """Whatever its order, and mirrored or not."""
-    sizes = {"N": 4, "C": 16, "H": 6, "W": 6, "I": 16, "O": 32}
+    sizes = {"N": 8, "C": 128, "H": 4, "W": 4, "I": 128, "O": 64}
     if transpose_kernel:
-        sizes |= {"I": 32, "O": 16}
+        sizes |= {"I": 64, "O": 128}
     rng = np.random.default_rng(3)
     x = jnp.asarray(rng.normal(size=[sizes[letter] for letter in numbers[0]]), jnp.float32)
     w = jnp.asarray(rng.normal(size=[{**sizes, "H": 4, "W": 4}[letter] for letter in numbers[1]]), jnp.float32)
