@@ -21,7 +21,7 @@ through the cache, ``MULTIPLY_ADD * multiply_adds + VALUE * values`` (`lowerings
 every input, tap and filter, dearer where many make up an output, and the kernel as it is read; for `phases` the
 gathered shifts of the inputs, the kernel's matrices and the result, while it multiplies some zeros; for `winograd` the
 transformed inputs, kernel and products, while it multiplies half to a third as often. Since it rounds more, it must
-save a seventh.
+save a seventh. For planes and lines without strides `dilated` is in question too: the convolution of the platform.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import jax.numpy as jnp
 
 from conv3dt_jax import _slabs
 from conv3dt_jax._geometry import Geometry, turned
-from conv3dt_jax.lowerings import LOWERINGS, _adjoint, _side_by_side, _triton, matmul, pallas, winograd
+from conv3dt_jax.lowerings import LOWERINGS, _adjoint, _matmul_plans, _side_by_side, _triton, dilated, pallas, winograd
 from conv3dt_jax.lowerings._tiles import plus, tile_bytes
 from conv3dt_jax.lowerings._turn import turned_kernel
 from conv3dt_jax.lowerings._work import GRADIENTS, Call, nanoseconds
@@ -62,8 +62,17 @@ FILTERED = (3, 64)
 SHORTEST = 256
 """Rows of a product below which XLA's convolution is quicker, where it is strided and has many channels."""
 
+VECTOR = 8
+"""Channels and filters below which XLA's convolution goes number by number."""
+
+CONVOLVED = {"outputs": 1, "affine": 1, "tangent": 2, "inputs": 1, "kernel": 1.3, "gradients": 2.2}
+"""What it costs in results."""
+
 WORTH = 0.85
 """The share of the others' time that `winograd` must stay below: it rounds more, and ties are not worth that."""
+
+MOVED = 0.25
+"""Nanoseconds for a value of the inputs or the outputs that is moved from or to the channels second."""
 
 _EITHER_LAYOUT = ("phases", "winograd")
 """What reads and writes outputs with the filters second block by block; the others' outputs are transposed whole."""
@@ -132,17 +141,23 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
     if kind == "inputs" and _has_short_products(form, call):
         return "dilated", "the products of its blocks would be short: the platform's convolution"
     plain = form.groups == 1 and not form.channels_first
-    if forward and not overlaps and (plain or matmul.is_elementwise(call)):
+    if forward and not overlaps and (plain or _matmul_plans.is_elementwise(call)):
         return "matmul", "no outputs overlap: one product, no zeros"
     names = [
         "phases",
         *(["matmul"] if forward else []),
         *(["winograd"] if _may_filter(form, call, GRADIENTS[kind]) else []),
+        *(["dilated"] if _may_convolve(form) else []),
     ]
     if names == ["phases"]:
         return "phases", "one gathering of patches" + (" serves both gradients" if kind == "gradients" else "")
     bfloat16 = all(dtype == jnp.bfloat16 for dtype in form.dtypes)
     costs = {name: cost(name, call, gradients=GRADIENTS[kind], bfloat16=bfloat16) for name in names}
+    if "dilated" in costs:
+        costs["dilated"] = CONVOLVED[kind] * cost("dilated", call, gradients=0)
+    if form.channels_first and "matmul" in costs:
+        shapes = (form.inputs_shape(call.batch), form.outputs_shape(call.batch))
+        costs["matmul"] += MOVED * sum(math.prod(shape) for shape in shapes)
     name = min(costs, key=lambda name: costs[name] / (WORTH if name == "winograd" else 1))
     return name, " against ".join(f"{name} {ns / 1e6:.2g} ms" for name, ns in costs.items()) + " by the cost rule"
 
@@ -173,6 +188,12 @@ def _has_short_products(form: Any, call: Call) -> bool:
     many = min(form.channels, form.filters) >= FILTERED[1]
     rows, cells = _adjoint.rows(call), call.batch * math.prod(axis.n for axis in form.geometry)
     return plain and strided and many and rows < min(SHORTEST, cells)
+
+
+def _may_convolve(form: Any) -> bool:
+    """Whether XLA's own convolution is quick: in planes and lines without strides, of vectors of numbers."""
+    plain = form.groups == 1 and all(dtype == jnp.float32 for dtype in (form.sums, *form.dtypes))
+    return plain and min(form.channels, form.filters) >= VECTOR and dilated.is_ordinary(form.geometry)
 
 
 def _may_filter(form: Any, call: Call, gradients: int) -> bool:

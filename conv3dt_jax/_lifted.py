@@ -73,12 +73,13 @@ class Call:
         lhs_spec, _, out_spec = self.numbers
         first = lhs_spec == out_spec == tuple(range(dims + 2))  # channels first, and nothing to move
         kernel = self._kernel()
-        effective = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:dims], self.dilation, strict=True)]
+        taps = lowered(kernel.shape[:3], dims)
+        effective = [(k - 1) * d + 1 for k, d in zip(taps, self.dilation, strict=True)]
         crops = [(ke - 1 - a, ke - 1 - b) for ke, (a, b) in zip(effective, self.pads, strict=True)]
         x = self.lhs if first else self.lhs.transpose(lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
         spec = Conv3DTransposeSpec(
             filters=kernel.shape[-2] * self.groups,
-            kernel_size=lifted(kernel.shape[:dims], 1),
+            kernel_size=kernel.shape[:3],
             strides=lifted(self.strides, 1),
             padding=lifted([(max(a, 0), max(b, 0)) for a, b in crops], (0, 0)),
             dilation_rate=lifted(self.dilation, 1),
@@ -90,7 +91,7 @@ class Call:
         )
         y = run(
             _with_space(x, lifted(_space(x, first), 1), first),
-            kernel.reshape(*spec.kernel_size, *kernel.shape[dims:]),
+            kernel,
             None,
             spec,
             origin=Origin(self.flipped, filters_last=self.numbers[1][0] == dims + 1),
@@ -108,11 +109,16 @@ class Call:
         return y.transpose(order)
 
     def _kernel(self) -> jax.Array:
-        """``(*taps, F / groups, C)``, of the transposed convolution."""
+        """``(kd, kh, kw, F / groups, C)``, of the transposed convolution."""
         outputs, inputs, *taps = self.numbers[1]
-        kernel = self.rhs.transpose(*taps, outputs, inputs)
+        at = {1: taps[-1] + 1, 2: taps[0], 3: 0}[len(taps)]
+        units = range(at, at + 3 - len(taps))
+        outputs, inputs, *taps = (axis + len(units) * (axis >= at) for axis in (outputs, inputs, *taps))
+        axes = (*taps, *units) if len(taps) == 1 else (*units, *taps)
+        # lifted first: XLA drops a transposition and a reversal that a lowering undoes, with nothing between them
+        kernel = lax.expand_dims(self.rhs, units).transpose(*axes, outputs, inputs)
         if self.flipped:
-            kernel = jnp.flip(kernel, tuple(range(len(taps))))
+            kernel = jnp.flip(kernel, (0, 1, 2))
         if self.groups == 1:
             return kernel
         *space, filters, channels = kernel.shape

@@ -86,15 +86,17 @@ def counts_within(limit: Any, reading: Reading, batch: int, more: int = 0, at_on
       at_once: slabs held at a time; with more than one there are no gradients.
     """
     most = byte_count("memory_limit", limit)
-    counts, least = WHOLE, 0
     if batch == 0:
         return WHOLE
+    tried = []
     for counts in _candidates(reading):
-        least = math.ceil(MARGIN * (more + held(reading, batch, counts, at_once)))
-        if least <= most:
+        needed = math.ceil(MARGIN * (more + held(reading, batch, counts, at_once)))
+        if needed <= most:
             return counts
+        tried.append((needed, counts))
+    least, counts = min(tried)  # not always the smallest slabs: a plane has another lowering than a volume
     raise ValueError(
-        f"{args.received('memory_limit', limit)} cannot be met: the smallest slabs, {counts} of them, hold "
+        f"{args.received('memory_limit', limit)} cannot be met: the slabs that hold least, {counts} of them, hold "
         f"{size_text(least)} ({least} bytes) at a time; allow at least as much."
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import conv3dt_jax as c3t
-from conv3dt_jax.lowerings import LOWERINGS, _blocks, _cells, _tiles, matmul
+from conv3dt_jax.lowerings import LOWERINGS, _blocks, _cells, _matmul_plans, _tiles
 from tests import oracle
 from tests.cases import CASES, Case
 from tests.helpers import quick_jit
@@ -37,7 +37,8 @@ BLOCKS += [(name, {}, 2000, case) for name in ("matmul", "phases") for case in C
 def test_blocks_of_any_size_give_the_defined_result_and_gradients(
     name, layout: dict, case: Case, tile_bytes: int, x64: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matmul, "KEPT", 0)  # blocks, however much they repeat
+    monkeypatch.setattr(_matmul_plans, "KEPT", 0)  # blocks, however much they repeat
+    monkeypatch.setattr(_matmul_plans, "WHOLE", 0)
     x, w, _ = case.operands(np.float64)
     bias = np.random.default_rng(2).normal(size=w.shape[3] * case.kwargs.get("groups", 1))
     spec = specification(case)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import conv3dt_jax as c3t
 from conv3dt_jax import _choice
 from conv3dt_jax._geometry import resolve_axis
-from conv3dt_jax.lowerings import _kernel_rows, _tiles, matmul
+from conv3dt_jax.lowerings import _kernel_rows, _matmul_plans, _tiles, matmul
 from conv3dt_jax.lowerings._origin import Origin
 from conv3dt_jax.lowerings._turn import turned_kernel
 from conv3dt_jax.lowerings._work import Call
@@ -92,20 +92,20 @@ def rows_call(batch=2, space=(4, 3, 4), kernel=3, strides=2, channels=5, filters
 
 
 def test_rows_are_for_many_cells_and_wide_kernels_that_overlap() -> None:
-    assert matmul.by_rows(rows_call())
-    assert not matmul.by_rows(rows_call(space=(3, 2, 4)))
-    assert not matmul.by_rows(rows_call(filters=10))
-    assert not matmul.by_rows(rows_call(kernel=2, filters=32))
-    assert not matmul.by_rows(rows_call(kernel=(3, 3, 1), filters=64))
-    assert not matmul.by_rows(rows_call(kernel=7))
-    assert not matmul.by_rows(dataclasses.replace(rows_call(), tile_bytes=_tiles.tile_bytes("cuda", itemsize=4)))
+    assert _matmul_plans.by_rows(rows_call())
+    assert not _matmul_plans.by_rows(rows_call(space=(4, 2, 4)))
+    assert not _matmul_plans.by_rows(rows_call(filters=10))
+    assert not _matmul_plans.by_rows(rows_call(kernel=2, filters=32))
+    assert not _matmul_plans.by_rows(rows_call(kernel=(3, 3, 1), filters=64))
+    assert not _matmul_plans.by_rows(rows_call(kernel=7))
+    assert not _matmul_plans.by_rows(dataclasses.replace(rows_call(), tile_bytes=_tiles.tile_bytes("cuda", itemsize=4)))
 
 
 @pytest.mark.parametrize("padding", ["same", "valid", 1])
 def test_value_and_gradients_by_rows(padding, x64: None) -> None:
     rng = np.random.default_rng(1)
     x, w, b = (rng.normal(size=shape) for shape in (*ROWS, 12))
-    assert matmul.by_rows(rows_call(padding=padding))
+    assert _matmul_plans.by_rows(rows_call(padding=padding))
     run = lambda x, w, b: c3t.conv3d_transpose(x, w, b, strides=2, padding=padding, implementation="matmul")
     y, pullback = jax.vjp(run, x, w, b)
     want = oracle.conv3d_transpose(x, w, b, strides=2, padding=padding)
@@ -148,7 +148,52 @@ def test_a_large_kernel_is_not_copied_whole() -> None:
     run = lambda x, w: c3t.conv3d_transpose(x, w, strides=2, padding="same")
     held = jax.jit(run).lower(x, w).compile().memory_analysis().temp_size_in_bytes
     call = Call.of(described, 1, _choice.room_for("cpu", described, 1))
-    assert held <= matmul.work(call, gradients=0).temporary_bytes
+    assert held <= _matmul_plans.work(call, gradients=0).temporary_bytes
+
+
+# A product for each tap.
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(call=calls(), mirrored=st.booleans())
+def test_a_product_for_each_tap_gives_the_same_products(call, mirrored) -> None:
+    space, window, *_ = call
+    rng = np.random.default_rng(5)
+    x, w = rng.normal(size=(2, *space, 3)), rng.normal(size=(*window, 3, 2))
+    static = {"precision": None, "accumulate": jnp.float64, "origin": Origin(mirrored, filters_last=True)}
+    with jax.enable_x64(True):
+        got, want = (
+            quick_jit(lambda x, w, way=way: way(x, w, **static))(x, w)
+            for way in (_kernel_rows.tap_by_tap, _kernel_rows.every_tap)
+        )
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
+def taps_call(batch=1, space=(1, 4, 4), channels=1024, filters=512, groups=1, platform="cpu"):
+    described = dataclasses.replace(form((1, 4, 4), (1, 2, 2), channels, filters, space, "same"), groups=groups)
+    return Call.of(described, batch, _choice.room_for(platform, described, batch))
+
+
+def test_products_tap_by_tap_are_for_few_cells_and_kernels_with_their_filters_last() -> None:
+    last = Origin(mirrored=True, filters_last=True)
+    assert _matmul_plans.by_taps(taps_call(), last)
+    assert _matmul_plans.by_taps(taps_call(8), last)
+    assert not _matmul_plans.by_taps(taps_call(9), last)
+    assert not _matmul_plans.by_taps(taps_call(8, filters=128), last)  # more is copied than the kernel holds
+    assert _matmul_plans.by_taps(taps_call(3, channels=64), last)
+    assert not _matmul_plans.by_taps(taps_call(4, channels=64), last)  # the kernel's copy stays in the cache
+    assert not _matmul_plans.by_taps(taps_call(), Origin(mirrored=True))
+    assert not _matmul_plans.by_taps(taps_call(groups=2), last)
+    assert not _matmul_plans.by_taps(taps_call(platform="cuda"), last)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_the_kernel_of_a_lifted_call_on_few_cells_is_not_copied(dims) -> None:
+    """The copies of the inputs, the products and their sums are all that is held: XLA drops what lifting and turning undo."""
+    x, w = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((1, *(2,) * dims, 256), (*(4,) * dims, 256, 512)))
+    compiled = jax.jit(lambda x, w: c3t.lax.conv_transpose(x, w, (2,) * dims, "SAME")).lower(x, w).compile()
+    copies_and_products = 4**dims * 2**dims * (256 + 512) * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < min(2 * copies_and_products, 4 * w.size)
 
 
 # Blocks whose products are rows of the result.
@@ -170,7 +215,7 @@ def test_a_large_kernel_is_not_copied_whole() -> None:
 def test_blocks_that_write_rows_give_the_defined_result(
     kernel, strides, dilation, padding, groups, with_bias, monkeypatch, x64: None
 ) -> None:
-    monkeypatch.setattr(matmul, "WHOLE_ROWS", 0)
+    monkeypatch.setattr(_matmul_plans, "WHOLE_ROWS", 0)
     rng = np.random.default_rng(4)
     kwargs = {"strides": strides, "padding": padding, "dilation_rate": dilation}
     window = oracle.triple(kernel)
@@ -182,7 +227,7 @@ def test_blocks_that_write_rows_give_the_defined_result(
         resolve_axis(n, k, s, d, p, None) for n, k, s, d, p in zip(x.shape[1:4], *sizes, each, strict=True)
     )
     call = Call(geometry, 3, 6, 128, groups, 8, 1 << 14)
-    assert matmul.in_blocks(call)
+    assert _matmul_plans.in_blocks(call)
     static = {"groups": groups, "precision": None, "accumulate": jnp.float64, "tile_bytes": 1 << 14}
     got = quick_jit(lambda x, w, b: matmul.outputs(x, w, geometry, bias=b, **static))(x, w, b)
     want = oracle.conv3d_transpose(x, w, b, groups=groups, **kwargs)

@@ -83,6 +83,24 @@ def every_tap(
     return jnp.flip(taps, (4, 5, 6)) if origin.mirrored else taps
 
 
+def tap_by_tap(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    *,
+    precision: lax.PrecisionLike,
+    accumulate: DTypeLike,
+    origin: Origin,
+) -> jax.Array:
+    """The same as `every_tap` of a kernel ``(kd, kh, kw, C, F)``, which is not transposed: the inputs are copied."""
+    *window, channels, filters = kernel.shape
+    copies = jnp.broadcast_to(inputs, (math.prod(window), *inputs.shape))
+    matrices = kernel.reshape(-1, channels, filters)
+    contract = (((5,), (1,)), ((0,), (0,)))
+    taps = lax.dot_general(copies, matrices, contract, precision=precision, preferred_element_type=accumulate)
+    taps = jnp.flip(taps, 0) if origin.mirrored else taps
+    return jnp.moveaxis(taps.reshape(*window, *taps.shape[1:]), (0, 1, 2), (4, 5, 6))
+
+
 def _rows(
     kernel: jax.Array, geometry: Geometry, origin: Origin
 ) -> Iterator[tuple[tuple[int, int], jax.Array, tuple[Reach, Reach]]]:

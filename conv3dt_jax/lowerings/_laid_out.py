@@ -23,7 +23,7 @@ def lay_out(taps: jax.Array, geometry: Geometry, *, phase_by_phase: bool) -> jax
 
     With ``phase_by_phase`` in one pass, where it can be.
     """
-    if phase_by_phase and _few(geometry):
+    if phase_by_phase and in_one_pass(geometry):
         return _phase_by_phase(taps, geometry)
     taps = taps.transpose(0, 1, 4, 2, 5, 3, 6, 7)  # each axis beside its taps
     for dim, axis in zip((5, 3, 1), geometry[::-1], strict=True):
@@ -31,7 +31,7 @@ def lay_out(taps: jax.Array, geometry: Geometry, *, phase_by_phase: bool) -> jax
     return taps
 
 
-def _few(geometry: Geometry) -> bool:
+def in_one_pass(geometry: Geometry) -> bool:
     """Whether products overlap, and are so few for an input that each may have an operation of its own."""
     if any(axis.wraps or not isinstance(axis.out, int) for axis in geometry):
         return False

@@ -7,7 +7,7 @@ from typing import Any
 
 from conv3dt_jax._geometry import Geometry
 
-MULTIPLY_ADD, VALUE = 0.005, {"matmul": 0.36, "phases": 0.25, "winograd": 0.15}
+MULTIPLY_ADD, VALUE = 0.005, {"matmul": 0.36, "phases": 0.25, "winograd": 0.15, "dilated": 0.08}
 """Nanoseconds for a multiply-add, and for a value that passes through the cache, fitted on two x86 cores."""
 
 GRADIENTS = {"outputs": 0, "affine": 0, "tangent": 0, "inputs": 1, "kernel": 1, "gradients": 2}

@@ -26,6 +26,9 @@ from conv3dt_jax.lowerings._adjoint import unwrap
 from conv3dt_jax.lowerings._transposes import transposes
 from conv3dt_jax.lowerings._work import Call, Work
 
+WRITTEN, TURNED, BEGUN = 2.5, 5, 250_000
+"""What an output, a value of the kernel and a call cost on a CPU, in values of a patch; see `is_ordinary`."""
+
 CONV_GENERAL_DILATED = lax.conv_general_dilated
 """JAX's own, whatever stands in its place later (`_accelerate`)."""
 
@@ -50,9 +53,7 @@ def outputs(
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)`` of dtype ``accumulate``."""
     del tile_bytes, result  # XLA has blocks of its own; it rounds at the end
-    still = [dim for dim, axis in enumerate(geometry) if _is_still(axis)][:2]
-    moving = [axis for dim, axis in enumerate(geometry) if dim not in still]
-    letters = "".join(letter for dim, letter in enumerate("DHW") if dim not in still)
+    still, moving, letters = _moving(geometry)
     paddings, windows = zip(*map(_split_crop, moving), strict=True)
     inputs, kernel = _alike(accumulate, inputs, kernel)
     kernel = lax.squeeze(_grouped_kernel(jnp.flip(kernel, (0, 1, 2)), groups), still)
@@ -73,10 +74,28 @@ def outputs(
     return _tiles.plus(lax.expand_dims(outputs, [dim + 1 for dim in still]), bias)
 
 
+def _moving(geometry: Geometry) -> tuple[list[int], list[Axis], str]:
+    """The axes that stay one, which a convolution goes without; the others, and their letters."""
+    still = [dim for dim, axis in enumerate(geometry) if _is_still(axis)][:2]
+    moving = [axis for dim, axis in enumerate(geometry) if dim not in still]
+    return still, moving, "".join(letter for dim, letter in enumerate("DHW") if dim not in still)
+
+
 def _is_still(axis: Axis) -> bool:
     """Whether an axis of one element stays one: XLA has better convolutions of planes and lines than of volumes."""
     sizes = (axis.n, axis.k, axis.s, axis.out)
     return all(isinstance(size, int) and size == 1 for size in sizes) and axis.lo == 0 and not axis.wraps
+
+
+def is_ordinary(geometry: Geometry) -> bool:
+    """Whether it is a convolution without strides of a plane or a line that the kernel fits into.
+
+    For these XLA:CPU has a product of patches that runs in all threads; volumes and stuffed zeros it walks one by one,
+    and a kernel that is longer than its input takes the input's place.
+    """
+    if not all(isinstance(axis.out, int) and axis.s == 1 and not axis.wraps for axis in geometry):
+        return False
+    return any(map(_is_still, geometry)) and all(axis.ke <= axis.n for axis in geometry)
 
 
 def work(call: Call, *, gradients: int) -> Work:
@@ -85,7 +104,9 @@ def work(call: Call, *, gradients: int) -> Work:
     taps = math.prod(axis.k for axis in call.geometry)
     multiply_adds = inputs * taps * call.channels * call.filters // call.groups
     kernel = taps * call.channels * call.filters // call.groups
-    return Work(multiply_adds * max(gradients, 1), 0, kernel * call.itemsize)
+    outputs = call.batch * math.prod(axis.out for axis in call.geometry)
+    values = outputs * (taps * call.channels + WRITTEN * call.filters) + TURNED * kernel + BEGUN
+    return Work(multiply_adds * max(gradients, 1), int(values * max(gradients, 1)), kernel * call.itemsize)
 
 
 def gradients(
@@ -116,8 +137,10 @@ def _backward(
     """``(N, *out, F)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, D, H, W, C)`` of dtype ``accumulate``."""
     del tile_bytes, result
     cotangent, kernel = _alike(accumulate, cotangent, kernel)
+    still, moving, letters = _moving(geometry)
+    cotangent = lax.squeeze(cotangent, [dim + 1 for dim in still])
     paddings = []
-    for dim, axis in enumerate(geometry, start=1):
+    for dim, axis in enumerate(moving, start=1):
         if axis.wraps:
             cotangent = unwrap(cotangent, dim, axis)
         lo = 0 if axis.wraps else axis.lo
@@ -125,17 +148,18 @@ def _backward(
         if not all(isinstance(size, int) for size in around):  # as in _split_crop
             cotangent, around = _padded(cotangent, dim, *around), (0, 0)
         paddings.append(around)
-    return lax.conv_general_dilated(
+    inputs = lax.conv_general_dilated(
         cotangent,
-        kernel,
-        window_strides=[axis.s for axis in geometry],
+        lax.squeeze(kernel, still),
+        window_strides=[axis.s for axis in moving],
         padding=paddings,
-        rhs_dilation=[axis.d for axis in geometry],
-        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        rhs_dilation=[axis.d for axis in moving],
+        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
         feature_group_count=groups,
         precision=precision,
         preferred_element_type=accumulate,
     )
+    return lax.expand_dims(inputs, [dim + 1 for dim in still])
 
 
 def _alike(accumulate: DTypeLike, *operands: jax.Array) -> list[jax.Array]:

@@ -1,0 +1,200 @@
+"""How `matmul` makes its products for a call, and what that costs: all at once, by taps, by rows, or in blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from conv3dt_jax._geometry import Geometry, tap_phases
+from conv3dt_jax.lowerings import _blocks, _kernel_rows, _tiles
+from conv3dt_jax.lowerings._cells import cells, shifts, span
+from conv3dt_jax.lowerings._laid_out import in_one_pass
+from conv3dt_jax.lowerings._origin import Origin
+from conv3dt_jax.lowerings._work import Call, Work
+
+MANY_TERMS, UNSTRIDED = 12, 4
+"""Products in an output from which on each costs more to lay out; without strides a fourth of them count."""
+
+WHOLE, WHOLE_ROWS = 20 << 20, 8 << 20
+"""Bytes of products up to which there are no blocks where there is little to lay out, since a block copies its inputs
+first, and in planes; and where blocks write the rows of their products as they are."""
+
+REPEATED, KEPT = 2.0, 32 << 20
+"""Products that blocks make for each that is needed, since they share their rims, beyond which there are no blocks
+either; and the bytes of products up to which that is so: what the heap keeps, so that no page is new at a call."""
+
+LEAST_COLUMNS, FEW_CELLS, MOST_ROWS, MOST_KEPT = 32, 64, _tiles.FEW_SLICES, 0.92
+"""Of a product for a row of the kernel: narrower ones are slow; up to so many cells, twice as many in a plane, it is no
+more than a copy of the kernel's row; and each is compiled. In a plane, rows must leave out some products, and keep this
+share at most."""
+
+MOST_COPIES, MOST_CELLS, SHORT = 2, 128, 48
+"""Of a product for each tap: the kernel has so many values for one that is copied of the inputs, and longer products
+are slower than a transposed copy of the kernel and one product; and than a copy that stays in the cache, these."""
+
+LONG_ROWS, FEW_ROWS = 128, 4
+"""Values of a cell's row, and rows of a cell, where blocks write the rows of their products as they are."""
+
+OPERANDS = 4
+"""`tile_bytes` in the bytes of operands and result: as much may the products of all rows hold, and a block at least."""
+
+IN_CACHE, WRITTEN, FOLDED, ONCE = 0.3, 2.0, 0.6, 0.3
+"""What a product costs within a block, a value that a block writes, and a product for each axis beyond the first along
+which it is added to others, or for all of these in one pass, in values that leave the cache."""
+
+GROUPED, MOVED, WALKED = 2.2, 1.4, 1.15
+"""What a product of a group costs, and an input that is moved to its group, likewise; how much more blocks cost that
+walk groups too."""
+
+
+def is_elementwise(call: Call) -> bool:
+    """Whether every output is one multiplication: XLA makes one pass of it, which holds nothing on the way."""
+    return call.channels == call.groups and not any(axis.overlaps for axis in call.geometry)
+
+
+def in_blocks(call: Call) -> bool:
+    """Whether the products are too many to be made all at once."""
+    if is_elementwise(call):
+        return False
+    products = math.prod(axis.k for axis in call.geometry) * call.filters
+    bytes_held = held(call)
+    if products < call.channels or sum(axis.overlaps for axis in call.geometry) <= 1:  # little to lay out
+        return bytes_held > max(call.tile_bytes, WHOLE_ROWS if rows_apart(call) else WHOLE)
+    if _is_plane(call.geometry) and in_one_pass(call.geometry):
+        most = WHOLE
+    elif by_rows(call) or inputs_of(call) <= FEW_CELLS:
+        most = max(OPERANDS * call.tile_bytes, _tiles.LARGEST)
+    else:
+        most = call.tile_bytes
+    if bytes_held <= most:
+        return False
+    return bytes_held > call.tile_bytes and (bytes_held > KEPT or _repeated(call) <= REPEATED)
+
+
+def by_rows(call: Call) -> bool:
+    """Whether there is a product for each row of the kernel, where there are no blocks; on a CPU."""
+    depth, height, width = call.geometry
+    if not _on_cpu(call) or call.groups > 1 or depth.wraps or height.wraps:
+        return False
+    if not all(isinstance(axis.out, int) for axis in call.geometry):
+        return False
+    wide = width.k > 1 and width.k * call.filters >= LEAST_COLUMNS
+    adds = depth.overlaps or height.overlaps
+    few = max(depth.k * height.k, depth.s * height.s) <= MOST_ROWS
+    plane = _is_plane(call.geometry)
+    long = inputs_of(call) > FEW_CELLS * (2 if plane else 1)
+    if not (adds and wide and few and long):
+        return False
+    products = math.prod(axis.n * axis.k for axis in call.geometry)
+    return not plane or _kernel_rows.kept(call.geometry) <= MOST_KEPT * products
+
+
+def by_taps(call: Call, origin: Origin) -> bool:
+    """Whether there is a product for each tap, where there are no blocks; on a CPU."""
+    if not _on_cpu(call) or call.groups > 1 or not all(isinstance(axis.out, int) for axis in call.geometry):
+        return False
+    kernel = math.prod(axis.k for axis in call.geometry) * call.channels * call.filters * call.itemsize
+    most = MOST_CELLS if kernel > _tiles.LARGEST else SHORT
+    return origin.filters_last and inputs_of(call) <= min(call.filters / MOST_COPIES, most)
+
+
+def by_samples(call: Call) -> bool:
+    """Whether blocks are whole samples, which share no rims; their outputs are written in one piece."""
+    overlaps = any(axis.overlaps for axis in call.geometry)
+    return overlaps and call.groups == 1 and call.batch > 1 and held(call) <= call.batch * call.tile_bytes
+
+
+def samples(call: Call) -> _tiles.Span:
+    """Blocks of them."""
+    each = max(held(call) // call.batch, 1)
+    return _tiles.plan((call.batch, 1, 1, 1, 1), each, call.tile_bytes)[0]
+
+
+def rows_apart(call: Call) -> bool:
+    """Whether a block has a product for each row of the kernel, which is a row of the result as it is."""
+    depth, height, width = call.geometry
+    as_it_is = all(shifts(axis) == [0] and not axis.overlaps for axis in call.geometry) and width.k == width.s
+    filters = call.filters // _blocks.count(call.groups, call.channels, call.filters)
+    return as_it_is and width.k * filters >= LONG_ROWS and depth.k * height.k <= FEW_ROWS
+
+
+def inputs_of(call: Call) -> int:
+    """Places of all samples, one row of a product each."""
+    return call.batch * math.prod(axis.n for axis in call.geometry)
+
+
+def held(call: Call) -> int:
+    """Bytes of all products."""
+    return inputs_of(call) * math.prod(axis.k for axis in call.geometry) * call.filters * call.itemsize
+
+
+def _is_plane(geometry: Geometry) -> bool:
+    """Whether products are added along two axes at most."""
+    return not all(axis.overlaps for axis in geometry)
+
+
+def _on_cpu(call: Call) -> bool:
+    return call.tile_bytes <= _tiles.LARGEST
+
+
+def _repeated(call: Call) -> float:
+    """How many products blocks make for each that is needed: a block takes all the inputs that reach it."""
+    if by_samples(call):
+        cut = samples(call)
+        return cut.count * cut.block / call.batch
+    blocks = _blocks.count(call.groups, call.channels, call.filters)
+    batch, _, depth, height = spans(
+        call.geometry, call.batch, blocks, call.filters // blocks, call.itemsize, call.tile_bytes
+    )
+    width = cells(call.geometry[2])
+    made = batch.count * batch.block
+    for cut, axis in zip((depth, height, _tiles.Span(width, width)), call.geometry, strict=True):
+        made *= cut.count * (cut.block + span(axis))
+    return made / max(inputs_of(call), 1)
+
+
+def spans(
+    geometry: Geometry, batch: Any, blocks: int, filters: int, itemsize: int, tile_bytes: int
+) -> tuple[_tiles.Span, ...]:
+    """Blocks of cells, by the products that they take, for ``filters`` of one of the ``blocks`` of groups."""
+    largest = max(math.prod(axis.k for axis in geometry), math.prod(axis.s for axis in geometry))
+    return _tiles.plan((batch, blocks, *map(cells, geometry)), largest * filters * itemsize, tile_bytes)
+
+
+def work(call: Call, *, gradients: int) -> Work:
+    """A product for every input, tap and filter, each laid out and added; the kernel, as it is read.
+
+    Temporaries: a transposed copy, and the sums so far.
+    """
+    products = inputs_of(call) * math.prod(axis.k for axis in call.geometry) * call.filters
+    bytes_held = held(call)
+    kernel = math.prod(axis.k for axis in call.geometry) * call.filters * call.channels // call.groups
+    multiply_adds = products * call.channels // call.groups
+    laid_out = products * _laid_out(call.geometry)
+    if is_elementwise(call) and not gradients:
+        return Work(multiply_adds, products, 0)
+    if gradients:
+        return Work(gradients * multiply_adds, int(gradients * laid_out), 3 * bytes_held)
+    written = call.batch * math.prod(axis.out for axis in call.geometry) * call.filters
+    if in_blocks(call):
+        more = _repeated(call)
+        values = (IN_CACHE * laid_out * more + WRITTEN * written) * (WALKED if call.groups > 1 else 1)
+        return Work(int(multiply_adds * more), int(values), 3 * min(bytes_held, call.tile_bytes))
+    if by_rows(call):
+        kept = call.batch * _kernel_rows.kept(call.geometry) * call.filters
+        return Work(kept * call.channels, kept + kernel, 2 * bytes_held + kernel * call.itemsize)
+    if call.groups > 1:
+        moved = inputs_of(call) * call.channels
+        return Work(multiply_adds, int(GROUPED * laid_out + MOVED * moved) + kernel, 3 * bytes_held)
+    free = any(axis.s > 1 for axis in call.geometry)  # neighbours already: an output of a cell is a row of products
+    folds = max(sum(axis.overlaps for axis in call.geometry) - free, 0)
+    each = min(folds, 1) * ONCE if in_one_pass(call.geometry) else folds * FOLDED
+    values = written + each * laid_out + kernel
+    return Work(multiply_adds, int(values), 3 * bytes_held)
+
+
+def _laid_out(geometry: Geometry) -> float:
+    """What laying out a product costs, in products that few others are added to."""
+    terms = math.prod(len({block for block, _ in tap_phases(axis)}) for axis in geometry)
+    many = MANY_TERMS * (UNSTRIDED if all(axis.s == 1 for axis in geometry) else 1)
+    return max(1.0, terms / many)
