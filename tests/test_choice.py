@@ -138,6 +138,37 @@ def test_auto_on_cpu_reads_large_kernels_as_they_lie(space, batch, kernel, strid
 
 
 @pytest.mark.parametrize(
+    ("kind", "space", "kernel", "strides", "channels", "filters", "convolves"),
+    [
+        ("outputs", (1, 128, 128), (1, 5, 5), 1, 32, 32, True),  # measured 3.3 times faster
+        ("inputs", (1, 128, 128), (1, 5, 5), 1, 32, 32, True),  # 6 times
+        ("gradients", (1, 128, 128), (1, 5, 5), 1, 32, 32, True),  # 3 times
+        ("outputs", (1000, 1, 1), (31, 1, 1), 1, 32, 16, True),  # 3 times
+        ("outputs", (1, 128, 128), (1, 5, 5), 1, 4, 32, False),  # narrow: number by number
+        ("outputs", (1, 4, 4), (1, 5, 5), 1, 128, 64, False),  # longer than the plane: 5 times slower there
+        ("outputs", (2, 128, 128), (1, 5, 5), 1, 32, 32, False),  # a volume
+        ("outputs", (1, 128, 128), (1, 5, 5), (1, 2, 2), 32, 32, False),
+    ],
+)
+def test_auto_on_cpu_leaves_planes_without_strides_to_the_platform(
+    kind, space, kernel, strides, channels, filters, convolves
+) -> None:
+    chosen = _choice.choose(kind, "cpu", form(kernel, strides, channels, filters, space, "same"), 2)
+    assert (chosen == "dilated") == convolves
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_gradients_by_dilated_in_planes_and_volumes(depth, x64: None) -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(2, depth, 6, 5, 9)), rng.normal(size=(1, 3, 2, 8, 9))
+    run = lambda x, w: c3t.conv3d_transpose(x, w, padding="same", implementation="dilated")
+    y, pull = jax.vjp(run, x, w)
+    ct = rng.normal(size=y.shape)
+    for got, want in zip(pull(ct), oracle.vjp(x, w, ct, padding="same"), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
     "kwargs", [{}, {"strides": 3}, {"dilation_rate": 2}, {"strides": 2, "dilation_rate": 3}], ids=str
 )
 def test_gradients_of_long_kernels_are_not_quadratic_in_their_taps(kwargs) -> None:

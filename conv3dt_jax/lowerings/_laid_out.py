@@ -18,6 +18,10 @@ FEW_TAPS = 27
 """Taps, and outputs of a cell, that are laid out in one pass: each is an operation of its own, and is compiled."""
 
 
+FEW_PHASES = 4
+"""Outputs of a cell up to which they are added up in place: each output takes part in all sums then."""
+
+
 def lay_out(taps: jax.Array, geometry: Geometry, *, phase_by_phase: bool) -> jax.Array:
     """``(N, D, H, W, kd, kh, kw, F)`` to ``(N, *out, F)``: every product to its place.
 
@@ -78,7 +82,13 @@ def summed(terms: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) -> dic
 
 
 def interleaved(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) -> jax.Array:
-    """``(N, cells, ..., F)`` for each place in the cells of the first axes: the outputs of these, in order."""
+    """``(N, cells, ..., F)`` for each place in the cells of the first axes: the outputs of these, in order.
+
+    Where the last cells stick out, a few phases are spread and added up: to cut the result costs more.
+    """
+    ragged = any(axis.out % axis.s for axis in axes)
+    if ragged and math.prod(axis.s for axis in axes) <= FEW_PHASES:
+        return functools.reduce(jnp.add, (_spread(phase, place, axes) for place, phase in phases.items()))
     some = next(iter(phases.values()))
 
     def stacked(place: tuple[int, ...]) -> jax.Array:
@@ -92,6 +102,14 @@ def interleaved(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) 
     found = stacked(())
     outs = [axis.out for axis in axes]
     return lax.slice(found, [0] * found.ndim, [found.shape[0], *outs, *found.shape[len(axes) + 1 :]])
+
+
+def _spread(phase: jax.Array, place: tuple[int, ...], axes: Sequence[Axis]) -> jax.Array:
+    """The outputs with those of one phase, and zeros."""
+    padding = [(0, 0, 0)] * phase.ndim
+    for dim, (residue, axis) in enumerate(zip(place, axes, strict=True), start=1):
+        padding[dim] = (residue, axis.out - residue - (phase.shape[dim] - 1) * axis.s - 1, axis.s - 1)
+    return lax.pad(phase, jnp.zeros((), phase.dtype), padding)
 
 
 def overlap_add(taps: jax.Array, dim: int, axis: Axis) -> jax.Array:

@@ -24,9 +24,8 @@ REPEATED, KEPT = 2.0, 32 << 20
 either; and the bytes of products up to which that is so: what the heap keeps, so that no page is new at a call."""
 
 LEAST_COLUMNS, FEW_CELLS, MOST_ROWS, MOST_KEPT = 32, 64, _tiles.FEW_SLICES, 0.92
-"""Of a product for a row of the kernel: narrower ones are slow; up to so many cells, twice as many in a plane, it is no
-more than a copy of the kernel's row; and each is compiled. In a plane, rows must leave out some products, and keep this
-share at most."""
+"""Of a product for a row of the kernel: narrower ones are slow; up to so many cells it is no more than a copy of the
+kernel's row; and each is compiled. In a plane, rows must leave out some products, and keep this share at most."""
 
 MOST_COPIES, MOST_CELLS, SHORT = 2, 128, 48
 """Of a product for each tap: the kernel has so many values for one that is copied of the inputs, and longer products
@@ -81,12 +80,10 @@ def by_rows(call: Call) -> bool:
     wide = width.k > 1 and width.k * call.filters >= LEAST_COLUMNS
     adds = depth.overlaps or height.overlaps
     few = max(depth.k * height.k, depth.s * height.s) <= MOST_ROWS
-    plane = _is_plane(call.geometry)
-    long = inputs_of(call) > FEW_CELLS * (2 if plane else 1)
-    if not (adds and wide and few and long):
+    if not (adds and wide and few and inputs_of(call) > FEW_CELLS):
         return False
     products = math.prod(axis.n * axis.k for axis in call.geometry)
-    return not plane or _kernel_rows.kept(call.geometry) <= MOST_KEPT * products
+    return not _is_plane(call.geometry) or _kernel_rows.kept(call.geometry) <= MOST_KEPT * products
 
 
 def by_taps(call: Call, origin: Origin) -> bool:
