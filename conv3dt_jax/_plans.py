@@ -18,8 +18,8 @@ class Plan:
     """How one platform computes the result, or both gradients.
 
     ``lowering`` names two where the gradients are computed apart and differently. ``multiply_adds`` are those made,
-    zeros included; ``temporary_bytes`` an estimate of the most held at a time beside operands and results (on a CPU;
-    accelerators choose for themselves).
+    zeros included, but the zeros that XLA puts between the inputs for `dilated`; ``temporary_bytes`` is an estimate of
+    the most held at a time beside operands and results (on a CPU; accelerators choose for themselves).
     """
 
     lowering: str

@@ -269,6 +269,20 @@ def _affine_jvp(primals: Any, tangents: Any, *, form: Form) -> Any:
     return y, moved
 
 
+def _affine_transpose(ct: Any, x: Any, w: Any, b: Any, *, form: Form) -> list[Any]:
+    """Linear in the bias, alone or with one of the others, for `jax.linear_transpose`."""
+    found: list[Any] = [None] * 3
+    if _is_zero(ct):
+        return found
+    if ad.is_undefined_primal(x):
+        found[0] = inputs(w, ct, form)
+    if ad.is_undefined_primal(w):
+        found[1] = kernel(x, ct, form)
+    if ad.is_undefined_primal(b):
+        found[2] = ct.astype(b.aval.dtype).sum([dim for dim in range(ct.ndim) if dim != form.filters_dim])
+    return found
+
+
 def _tangent_jvp(primals: Any, tangents: Any, *, form: Form) -> Any:
     dx, dw, x, w = primals
     ddx, ddw, x_dot, w_dot = tangents
@@ -316,6 +330,7 @@ ad.primitive_jvps[outputs_p] = _outputs_jvp
 ad.defbilinear(inputs_p, lambda ct, w, y, *, form: kernel(ct, y, form), lambda ct, w, y, *, form: outputs(ct, w, form))
 ad.defbilinear(kernel_p, lambda ct, x, y, *, form: inputs(ct, y, form), lambda ct, x, y, *, form: outputs(x, ct, form))
 ad.primitive_jvps[affine_p] = _affine_jvp
+ad.primitive_transposes[affine_p] = _affine_transpose
 ad.primitive_jvps[tangent_p] = _tangent_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 ad.primitive_jvps[gradients_p] = _gradients_jvp

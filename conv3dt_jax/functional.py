@@ -70,7 +70,7 @@ def conv3d_transpose(
       output_padding: elements added at the end of each axis, below ``max(strides, dilation_rate)``. It settles which
         of the input sizes of the adjoint convolution is meant, several of which have the same output size.
       dilation_rate: output steps between two taps.
-      groups: G.
+      groups: the number of groups, G.
       data_format: "channels_last" or "channels_first".
       precision: see `jax.lax.conv_general_dilated`.
       preferred_element_type: dtype of the sums and the result. None keeps the inputs' dtype, at least 32 bits wide for
@@ -167,7 +167,7 @@ def conv3d(
       padding: "valid", "same" or "circular" in any case, or what is added at the ends of each axis: an int, 3 ints or
         3 pairs (start, end).
       dilation_rate: input steps between two taps.
-      groups: G.
+      groups: the number of groups, G.
       data_format: "channels_last" or "channels_first".
       precision: see `jax.lax.conv_general_dilated`.
       preferred_element_type: as in `conv3d_transpose`, and so are dtypes and rounding.

@@ -80,6 +80,22 @@ def test_hessian_of_a_square_is_twice_its_gram_matrix(implementation, case) -> N
     close(hessian, np.stack(columns) @ np.stack(columns).T)
 
 
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("linear_in", ["inputs", "kernel", "neither"])
+def test_a_call_with_a_bias_transposes_in_what_it_is_linear_in(linear_in, data_format, x64: None) -> None:
+    """`jax.linear_transpose` of the bias, alone or with the inputs or the kernel, is what `jax.vjp` gives."""
+    rng = np.random.default_rng(0)
+    x, w, b = rng.normal(size=(2, 3, 3, 3, 3)), rng.normal(size=(3, 2, 3, 3, 3)), rng.normal(size=3)
+    fixed = {"inputs": ("kernel",), "kernel": ("inputs",), "neither": ("inputs", "kernel")}[linear_in]
+    operands = {"inputs": x, "kernel": w, "bias": b}
+    moving = {name: value for name, value in operands.items() if name not in fixed}
+    run = lambda moving: c3t.conv3d_transpose(**(operands | moving), strides=2, data_format=data_format)
+    y, pull = jax.vjp(run, moving)
+    ct = rng.normal(size=y.shape)
+    (got,), (want,) = jax.linear_transpose(run, moving)(ct), pull(ct)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-12), got, want)
+
+
 @by_implementation
 def test_third_derivatives(implementation) -> None:
     """``y = x * w`` with one tap: d3 (y^3) / dx dx dw = 18 x w^2 ... evaluated at a point."""
