@@ -14,7 +14,7 @@ export KERAS_HOME := $(CURDIR)/$(VENV)/cache/keras
 export PRE_COMMIT_HOME := $(CURDIR)/$(VENV)/cache/pre-commit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-slow lint format types bench bench-check fixtures clean
+.PHONY: help demo demo-full test test-slow lint format types bench bench-check notebooks docs fixtures clean
 
 help:  ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,14 @@ bench: $(VENV)/.bench  ## measure beside JAX, Flax, Keras, TensorFlow, PyTorch (
 bench-check: $(VENV)/.test  ## fail where "auto" takes a lowering that another one beats clearly
 	$(BIN)/python -m benchmarks.check $(ARGS)
 
+notebooks: $(VENV)/.notebooks  ## run the notebooks and store them executed (ARGS=--check: store nothing; ARGS=3: that one)
+	$(BIN)/python -m notebooks.run $(ARGS)
+
+docs: $(VENV)/.docs  ## build the documentation in out/docs, check its links and run its examples
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs out/docs
+	$(BIN)/python docs/check_links.py out/docs
+	$(BIN)/python docs/check_examples.py
+
 fixtures: $(VENV)/.peers  ## record the values of TensorFlow and PyTorch anew
 	$(BIN)/python -m tests.fixtures.record
 	$(BIN)/python -m tests.fixtures.unets
@@ -66,7 +74,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp per set of extras; an unchanged pyproject.toml installs nothing again.
-$(VENV)/.examples $(VENV)/.bench $(VENV)/.dev $(VENV)/.peers: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.examples $(VENV)/.bench $(VENV)/.dev $(VENV)/.peers $(VENV)/.notebooks $(VENV)/.docs: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 

@@ -48,8 +48,9 @@ class Conv3DTranspose(Layer):
       bias_metadata: likewise, of the bias.
       rngs: where the initial values come from: a `flax.nnx.Rngs`, or a stream of one.
 
-    Attributes: the arguments, and
+    The arguments are attributes of the layer, and so are these:
 
+    Attributes:
       kernel: `flax.nnx.Param` ``(kd, kh, kw, F // G, C)``.
       bias: `flax.nnx.Param` ``(F,)``; None without ``use_bias``.
       activity_loss: `RegularizationLoss`; None without ``activity_regularizer``.
