@@ -14,10 +14,10 @@ export KERAS_HOME := $(CURDIR)/$(VENV)/cache/keras
 export PRE_COMMIT_HOME := $(CURDIR)/$(VENV)/cache/pre-commit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-slow lint format types bench bench-check notebooks docs fixtures clean
+.PHONY: help demo demo-full test test-slow lint format types bench bench-check notebooks docs release-check fixtures clean
 
 help:  ## list the tasks
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.examples  ## train a 3-D U-Net on a real MRI (under 4 minutes); results in out/
 	$(BIN)/python -m examples.brain_segmentation --out out $(ARGS)
@@ -59,6 +59,9 @@ docs: $(VENV)/.docs  ## build the documentation in out/docs, check its links and
 	$(BIN)/python docs/check_links.py out/docs
 	$(BIN)/python docs/check_examples.py
 
+release-check: $(VENV)/.release  ## build the sdist and the wheel, and test them in empty environments (ARGS=--help for parts)
+	$(BIN)/python .ci/release_check.py $(ARGS)
+
 fixtures: $(VENV)/.peers  ## record the values of TensorFlow and PyTorch anew
 	$(BIN)/python -m tests.fixtures.record
 	$(BIN)/python -m tests.fixtures.unets
@@ -74,7 +77,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp per set of extras; an unchanged pyproject.toml installs nothing again.
-$(VENV)/.examples $(VENV)/.bench $(VENV)/.dev $(VENV)/.peers $(VENV)/.notebooks $(VENV)/.docs: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.examples $(VENV)/.bench $(VENV)/.dev $(VENV)/.peers $(VENV)/.notebooks $(VENV)/.docs $(VENV)/.release: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 

@@ -7,9 +7,10 @@ os.environ["KERAS_BACKEND"] = "jax"
 os.environ["KERAS_HOME"] = tempfile.mkdtemp(prefix="keras-home-")
 os.environ["MPLBACKEND"] = "Agg"
 
+import importlib.util
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,35 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests import training_runs
 
     training_runs.make_quick(monkeypatch)
+
+
+# What tests come upon as they run and only the extras install. Modules that need one as a whole say so at their top.
+EXTRAS = ("equinox", "flatbuffers", "h5py", "haiku", "keras", "matplotlib", "safetensors", "torch", "zarr")
+MISSING = {name for name in EXTRAS if importlib.util.find_spec(name) is None}
+
+
+def skip_without_extras() -> Generator[None, Any, Any]:
+    """A test, or a fixture, that an extra is missing for is skipped; every other failed import fails."""
+    try:
+        return (yield)
+    except ImportError as error:
+        cause = error
+        while isinstance(cause.__cause__ or cause.__context__, ImportError):
+            cause = cause.__cause__ or cause.__context__
+        name = (cause.name or "").partition(".")[0]
+        if name in MISSING:
+            pytest.skip(f"{name} is not installed")
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, Any, Any]:
+    return (yield from skip_without_extras())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, Any, Any]:
+    return (yield from skip_without_extras())
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+pytest.importorskip("nibabel")
+
 from examples.brain_segmentation import loop
 from examples.brain_segmentation.devices import Devices
 from examples.brain_segmentation.patches import PatchSampler

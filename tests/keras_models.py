@@ -2,10 +2,12 @@
 
 import pathlib
 
-import h5py
 import jax
-import keras
 import numpy as np
+import pytest
+
+h5py = pytest.importorskip("h5py")
+keras = pytest.importorskip("keras")
 
 X = np.random.default_rng(0).normal(size=(2, 4, 4, 4, 3)).astype(np.float32)
 

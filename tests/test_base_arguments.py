@@ -6,13 +6,14 @@ import pickle
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import optax
 import pytest
 
 import conv3dt_jax as c3t
 from tests.helpers import label
+
+keras = pytest.importorskip("keras")
 
 pytestmark = [pytest.mark.lenient, pytest.mark.usefixtures("quick_compiles")]
 

@@ -7,6 +7,8 @@ import pathlib
 
 import pytest
 
+pytest.importorskip("tqdm")
+
 from benchmarks import __main__ as program
 from benchmarks import kernels, report, suites
 from benchmarks.cases import EVERY_LOWERING, GPU_CASES, Case, from_dict

@@ -10,9 +10,12 @@ import sys
 import time
 
 import jax
-import nibabel as nib
 import numpy as np
 import pytest
+
+pytest.importorskip("nibabel")
+
+import nibabel as nib
 
 from examples.brain_segmentation import cli, report
 from examples.brain_segmentation.data import DataError, Subject, load_files, load_mni152

@@ -7,7 +7,6 @@ import pickle
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +15,8 @@ from hypothesis import strategies as st
 import conv3dt_jax as c3t
 from conv3dt_jax import constraints, initializers, regularizers
 from tests.helpers import label
+
+keras = pytest.importorskip("keras")
 
 pytestmark = [pytest.mark.lenient, pytest.mark.usefixtures("quick_compiles")]
 

@@ -3,12 +3,9 @@
 import itertools
 import json
 
-import equinox as eqx
 import flax.linen as nn
-import haiku as hk
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import pytest
 from flax import nnx
@@ -18,6 +15,10 @@ from conv3dt_jax import interop
 from tests.fixtures import record
 from tests.helpers import label, quick_jit
 from tests.test_peers import FOLDER
+
+eqx = pytest.importorskip("equinox")
+hk = pytest.importorskip("haiku")
+keras = pytest.importorskip("keras")
 
 pytestmark = [pytest.mark.lenient, pytest.mark.usefixtures("quick_compiles")]
 

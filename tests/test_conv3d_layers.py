@@ -8,7 +8,6 @@ import pickle
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import optax
 import pytest
@@ -18,6 +17,8 @@ import conv3dt_jax as c3t
 from tests import oracle
 from tests.helpers import label
 from tests.nnx_layers import params_of
+
+keras = pytest.importorskip("keras")
 
 pytestmark = [pytest.mark.lenient, pytest.mark.usefixtures("quick_compiles")]
 

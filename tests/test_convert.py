@@ -4,13 +4,14 @@ import subprocess
 import sys
 
 import jax
-import keras
 import numpy as np
 import pytest
 from flax import serialization
 
 from conv3dt_jax import __main__ as program
 from conv3dt_jax import interop
+
+keras = pytest.importorskip("keras")
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, in save
 RNG = np.random.default_rng(0)

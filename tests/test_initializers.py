@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import pytest
 
@@ -152,6 +151,7 @@ def test_what_is_refused_at_construction() -> None:
 
 
 def test_a_seed_in_a_config_is_that_of_keras() -> None:
+    keras = pytest.importorskip("keras")
     generator = keras.initializers.HeNormal(seed=7)
     config = keras.saving.serialize_keras_object(generator)
     config["config"]["seed"] = {"class_name": "SeedGenerator", "module": "keras.random", "config": {"seed": 7}}

@@ -2,9 +2,7 @@
 
 import itertools
 
-import equinox as eqx
 import flax.linen as nn
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,9 @@ from flax import nnx
 
 import conv3dt_jax as c3t
 from conv3dt_jax import interop
+
+eqx = pytest.importorskip("equinox")
+hk = pytest.importorskip("haiku")
 
 pytestmark = [pytest.mark.lenient, pytest.mark.usefixtures("quick_compiles")]
 

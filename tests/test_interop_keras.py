@@ -2,13 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import pytest
 
 import conv3dt_jax as c3t
 from conv3dt_jax import interop
 from tests.keras_models import KINDS, LAYERS, X, assert_equal, model, save, values
+
+keras = pytest.importorskip("keras")
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compiles"),

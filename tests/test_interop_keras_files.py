@@ -6,15 +6,16 @@ import json
 import pathlib
 import zipfile
 
-import h5py
 import jax
-import keras
 import numpy as np
 import pytest
 
 from conv3dt_jax import interop
 from tests.helpers import label
 from tests.keras_models import KINDS, X, assert_equal, values
+
+h5py = pytest.importorskip("h5py")
+keras = pytest.importorskip("keras")
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compiles"),

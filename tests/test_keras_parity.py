@@ -5,12 +5,13 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import pytest
 
 import conv3dt_jax as c3t
 from conv3dt_jax import _activations, _initializers
+
+keras = pytest.importorskip("keras")
 
 pytestmark = [pytest.mark.lenient, pytest.mark.usefixtures("quick_compiles")]
 

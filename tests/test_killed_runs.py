@@ -14,6 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+pytest.importorskip("nibabel")
+
 from examples.brain_segmentation import report
 from examples.brain_segmentation.logs import LOSSES, SCORES
 

@@ -6,7 +6,6 @@ import json
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import pytest
 from flax import nnx
@@ -245,6 +244,7 @@ def test_export_empty_batches_and_float64(x64) -> None:
 
 
 def test_config_round_trip_with_linen_and_keras() -> None:
+    keras = pytest.importorskip("keras")
     layer = make(6, 2, 2, groups=3, kernel_regularizer="l2", name="up", dtype="bfloat16")
     config = json.loads(json.dumps(layer.get_config()))
     assert c3t.nnx.Conv3DTranspose.from_config(config, in_features=3, rngs=nnx.Rngs(1)).get_config() == config

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import optax
 import pytest
@@ -170,6 +169,7 @@ def test_models_that_look_like_something_else() -> None:
 
 def test_an_optimizer_constrains_as_keras_does() -> None:
     """Three steps of SGD against `train_on_batch`."""
+    keras = pytest.importorskip("keras")
     arguments = {"kernel_regularizer": "l2", "activity_regularizer": "l1", "kernel_constraint": "max_norm", **UP}
     theirs = keras.Sequential([keras.layers.Conv3DTranspose(4, 3, bias_constraint="non_neg", **arguments)])
     theirs.build(X.shape)

@@ -10,6 +10,9 @@ FOLDER = pathlib.Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MOST_BYTES = 1_500_000
 
+if not FOLDER.is_dir():
+    pytest.skip("the sdist leaves the notebooks out", allow_module_level=True)
+
 
 def cells_of(path: pathlib.Path) -> list[dict]:
     return json.loads(path.read_text())["cells"]

@@ -3,7 +3,6 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import optax
 import pytest
@@ -11,6 +10,8 @@ import pytest
 import conv3dt_jax as c3t
 from conv3dt_jax import constraints, regularizers
 from tests.helpers import label
+
+keras = pytest.importorskip("keras")
 
 pytestmark = [pytest.mark.lenient, pytest.mark.usefixtures("quick_compiles")]
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytest.importorskip("nibabel")
+
 from examples.brain_segmentation import cli, loop, report
 from examples.brain_segmentation.data import DataError
 from examples.brain_segmentation.evaluate import Scores

@@ -10,6 +10,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+pytest.importorskip("nibabel")
+
 from examples.brain_segmentation import cli, loop
 from examples.brain_segmentation.checkpoints import Checkpoints, DamagedError
 from examples.brain_segmentation.logs import LOSSES, SCORES, TENSORBOARD, Table, series

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("nibabel")
+
 from examples.brain_segmentation import train
 from examples.brain_segmentation.inference import gaussian, sliding_window, starts
 from examples.brain_segmentation.model import UNet

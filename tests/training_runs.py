@@ -5,9 +5,12 @@ import pathlib
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import nibabel as nib
 import numpy as np
 import pytest
+
+pytest.importorskip("nibabel")
+
+import nibabel as nib
 
 from examples.brain_segmentation import loop
 from examples.brain_segmentation.evaluate import Scores
