@@ -26,7 +26,7 @@ def run(path: pathlib.Path) -> tuple[nbformat.NotebookNode, float]:
     started = time.perf_counter()
     client = NotebookClient(
         notebook, timeout=2 * LIMIT, kernel_name="python3", record_timing=False,
-        resources={"metadata": {"path": str(path.parent)}},
+        resources={"metadata": {"path": str(path.parent)}}, extra_arguments=["--IPKernelApp.log_level=ERROR"],
     )  # fmt: skip
     client.execute()
     notebook.metadata.pop("language_info", None)  # of the interpreter that ran it
