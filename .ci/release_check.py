@@ -161,7 +161,7 @@ class Trial:
 def test(trial: Trial, python: pathlib.Path, source: pathlib.Path, args: argparse.Namespace) -> str:
     """The last line of pytest; all of it is in the log."""
     # The examples of interop read and write files of the other frameworks.
-    everything = ["tests", "--pyargs", PACKAGE, "--ignore-glob=*/interop/*"]
+    everything = ["tests", "--pyargs", PACKAGE, "--ignore-glob=/*/interop/*"]
     tests = [f"tests/test_{part}.py" for part in QUICK] if args.tests == "quick" else everything
     options = ["-q", "-n", str(args.workers), "--dist", "worksteal", "--basetemp", str(source.parent / "temporary")]
     # Packages of different ages use names of one another that are deprecated by now.
