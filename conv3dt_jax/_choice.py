@@ -66,12 +66,12 @@ VECTOR = 8
 """Channels and filters below which XLA's convolution goes number by number."""
 
 CONVOLVED = {"outputs": 1, "affine": 1, "tangent": 2, "inputs": 1, "kernel": 1.3, "gradients": 2.2}
-"""What it costs in results."""
+"""What XLA's convolution takes for each, in the time of a result."""
 
 WORTH = 0.85
 """The share of the others' time that `winograd` must stay below: it rounds more, and ties are not worth that."""
 
-MOVED = 0.25
+TRANSPOSED = 0.25
 """Nanoseconds for a value of the inputs or the outputs that is moved from or to the channels second."""
 
 _EITHER_LAYOUT = ("phases", "winograd")
@@ -157,7 +157,7 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         costs["dilated"] = CONVOLVED[kind] * cost("dilated", call, gradients=0)
     if form.channels_first and "matmul" in costs:
         shapes = (form.inputs_shape(call.batch), form.outputs_shape(call.batch))
-        costs["matmul"] += MOVED * sum(math.prod(shape) for shape in shapes)
+        costs["matmul"] += TRANSPOSED * sum(math.prod(shape) for shape in shapes)
     name = min(costs, key=lambda name: costs[name] / (WORTH if name == "winograd" else 1))
     return name, " against ".join(f"{name} {ns / 1e6:.2g} ms" for name, ns in costs.items()) + " by the cost rule"
 

@@ -183,8 +183,8 @@ def work(call: Call, *, gradients: int) -> Work:
     if call.groups > 1:
         moved = inputs_of(call) * call.channels
         return Work(multiply_adds, int(GROUPED * laid_out + MOVED * moved) + kernel, 3 * bytes_held)
-    free = any(axis.s > 1 for axis in call.geometry)  # neighbours already: an output of a cell is a row of products
-    folds = max(sum(axis.overlaps for axis in call.geometry) - free, 0)
+    strided = any(axis.s > 1 for axis in call.geometry)  # then one axis is folded as the result is written
+    folds = max(sum(axis.overlaps for axis in call.geometry) - strided, 0)
     each = min(folds, 1) * ONCE if in_one_pass(call.geometry) else folds * FOLDED
     values = written + each * laid_out + kernel
     return Work(multiply_adds, int(values), 3 * bytes_held)
