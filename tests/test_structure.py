@@ -23,6 +23,7 @@ FLOORS = [
         "_keras_config",
         "constraints",
         "regularizers",
+        "lowerings._columns",
         "lowerings._origin",
         "lowerings._triton",
         "lowerings._walks",

@@ -7,9 +7,9 @@ outside the result take no part: an eighth of them per axis where 4 inputs meet 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings._cells import cells
+from conv3dt_jax.lowerings._columns import filled, product
 from conv3dt_jax.lowerings._laid_out import interleaved, overlap_add, summed
 from conv3dt_jax.lowerings._origin import Origin
 
@@ -72,14 +73,23 @@ def every_tap(
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
     origin: Origin,
+    on_cpu: bool = True,
 ) -> jax.Array:
-    """``(N, D, H, W, C)`` times all taps of a kernel as it lies, in order: ``(N, D, H, W, kd, kh, kw, F)``."""
-    static: dict[str, Any] = {"precision": precision, "preferred_element_type": accumulate}
-    if origin.filters_last:
-        taps = lax.dot_general(inputs, kernel, (((4,), (3,)), ((), ())), **static)
+    """``(N, D, H, W, C)`` times all taps of a kernel as it lies, in order: ``(N, D, H, W, kd, kh, kw, F)``.
+
+    With ``on_cpu`` in full columns where there are few, see `_columns`; the kernel is so small that a copy is nothing.
+    """
+    window, (filters, channels) = kernel.shape[:3], kernel.shape[3:][:: -1 if origin.filters_last else 1]
+    columns = math.prod(window) * filters
+    multiply = functools.partial(lax.dot_general, precision=precision, preferred_element_type=accumulate)
+    if on_cpu and filled(columns) > columns:
+        matrix = (kernel.swapaxes(3, 4) if origin.filters_last else kernel).reshape(columns, channels)
+        taps = product(inputs, matrix, precision=precision, accumulate=accumulate)
+    elif origin.filters_last:
+        taps = multiply(inputs, kernel, (((4,), (3,)), ((), ())))
     else:  # a matrix first: XLA would move the channels to the front
-        taps = lax.dot_general(inputs, kernel.reshape(-1, kernel.shape[4]), (((4,), (1,)), ((), ())), **static)
-        taps = taps.reshape(*inputs.shape[:4], *kernel.shape[:4])
+        taps = multiply(inputs, kernel.reshape(columns, channels), (((4,), (1,)), ((), ())))
+    taps = taps.reshape(*inputs.shape[:4], *window, filters)
     return jnp.flip(taps, (4, 5, 6)) if origin.mirrored else taps
 
 

@@ -21,6 +21,9 @@ FEW_TAPS = 27
 FEW_PHASES = 4
 """Outputs of a cell up to which they are added up in place: each output takes part in all sums then."""
 
+MANY_TAPS = 15
+"""Taps from which on the phases are written apart before they are put in order: each value is the sum of several."""
+
 
 def lay_out(taps: jax.Array, geometry: Geometry, *, phase_by_phase: bool) -> jax.Array:
     """``(N, D, H, W, kd, kh, kw, F)`` to ``(N, *out, F)``: every product to its place.
@@ -84,12 +87,16 @@ def summed(terms: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) -> dic
 def interleaved(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) -> jax.Array:
     """``(N, cells, ..., F)`` for each place in the cells of the first axes: the outputs of these, in order.
 
-    Where the last cells stick out, a few phases are spread and added up: to cut the result costs more.
+    Where the last cells stick out, to cut the result as it is written costs more than to spread and add up a few
+    phases, or than a copy of those that are sums of many taps. Not where the phases are rows already.
     """
     ragged = any(axis.out % axis.s for axis in axes)
-    if ragged and math.prod(axis.s for axis in axes) <= FEW_PHASES:
-        return functools.reduce(jnp.add, (_spread(phase, place, axes) for place, phase in phases.items()))
     some = next(iter(phases.values()))
+    if ragged and some.ndim == len(axes) + 2:
+        if math.prod(axis.k for axis in axes) >= MANY_TAPS and sum(axis.overlaps for axis in axes) == 2:
+            return _cut(_from_the_filters(phases, axes), axes)
+        if math.prod(axis.s for axis in axes) <= FEW_PHASES:
+            return functools.reduce(jnp.add, (_spread(phase, place, axes) for place, phase in phases.items()))
 
     def stacked(place: tuple[int, ...]) -> jax.Array:
         dim = len(place)
@@ -99,9 +106,25 @@ def interleaved(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) 
         found = jnp.stack(parts, dim + 2)
         return lax.collapse(found, dim + 1, dim + 3)
 
-    found = stacked(())
+    return _cut(stacked(()), axes)
+
+
+def _from_the_filters(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) -> jax.Array:
+    """The phases side by side, each with its filters, then put in order: XLA makes two passes of it."""
+    some = next(iter(phases.values()))
+    places = itertools.product(*(range(axis.s) for axis in axes))
+    found = jnp.concatenate([phases.get(place, jnp.zeros_like(some)) for place in places], -1)
+    n = len(axes)
+    found = found.reshape(*some.shape[:-1], *(axis.s for axis in axes), some.shape[-1])
+    pairs = [dim for first in range(1, n + 1) for dim in (first, first + n)]
+    sizes = [size * axis.s for size, axis in zip(some.shape[1:], axes, strict=False)]
+    return found.transpose(0, *pairs, 2 * n + 1).reshape(some.shape[0], *sizes, some.shape[-1])
+
+
+def _cut(cells: jax.Array, axes: Sequence[Axis]) -> jax.Array:
+    """Without what sticks out of the result."""
     outs = [axis.out for axis in axes]
-    return lax.slice(found, [0] * found.ndim, [found.shape[0], *outs, *found.shape[len(axes) + 1 :]])
+    return lax.slice(cells, [0] * cells.ndim, [cells.shape[0], *outs, *cells.shape[len(axes) + 1 :]])
 
 
 def _spread(phase: jax.Array, place: tuple[int, ...], axes: Sequence[Axis]) -> jax.Array:

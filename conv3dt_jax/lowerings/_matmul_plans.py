@@ -37,7 +37,7 @@ LONG_ROWS, FEW_ROWS = 128, 4
 OPERANDS = 4
 """`tile_bytes` in the bytes of operands and result: as much may the products of all rows hold, and a block at least."""
 
-IN_CACHE, WRITTEN, FOLDED, ONCE = 0.3, 2.0, 0.6, 0.3
+IN_CACHE, WRITTEN, FOLDED, ONCE = 0.3, 2.0, 0.6, 0.2
 """What a product costs within a block, a value that a block writes, and a product for each axis beyond the first along
 which it is added to others, or for all of these in one pass, in values that leave the cache."""
 

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Geometry
 from conv3dt_jax.lowerings import _tiles
+from conv3dt_jax.lowerings._columns import product
 from conv3dt_jax.lowerings._laid_out import lay_out
 
 
@@ -35,10 +36,9 @@ def outputs(
     *window, filters, channels = kernel.shape
     matrix = kernel.astype(dtype).reshape(-1, channels)
     held = _tiles.Held.of(inputs)
-    contract = (((4,), (1,)), ((), ()))
 
     def finished(slab: jax.Array) -> jax.Array:
-        taps = lax.dot_general(slab, matrix, contract, precision=precision, preferred_element_type=sums)
+        taps = product(slab, matrix, precision=precision, accumulate=sums)
         taps = taps.reshape(*slab.shape[:4], *window, filters)
         laid = _tiles.plus(lay_out(taps, geometry, phase_by_phase=True), bias)
         return _tiles.bits(laid.astype(result))

@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings import _adjoint, _blocks, _kernel_rows, _matmul_plans, _samples, _tiles
 from conv3dt_jax.lowerings._cells import cells, shifts, span, walk
+from conv3dt_jax.lowerings._columns import product
 from conv3dt_jax.lowerings._laid_out import lay_out
 from conv3dt_jax.lowerings._origin import AS_GIVEN, Origin
 from conv3dt_jax.lowerings._result import Part
@@ -82,7 +83,7 @@ def outputs(
     elif _matmul_plans.by_rows(call):
         return _tiles.plus(_kernel_rows.outputs(inputs, kernel, geometry, **static), bias)
     else:
-        taps = _kernel_rows.every_tap(inputs, kernel, **static)
+        taps = _kernel_rows.every_tap(inputs, kernel, **static, on_cpu=on_cpu)
     return _tiles.plus(lay_out(taps, geometry, phase_by_phase=on_cpu), bias)
 
 
@@ -134,11 +135,10 @@ def _by_block(
 
     def compute(slab: jax.Array, group: Any, starts: Sequence[Any]) -> list[Part]:
         matrix = lax.dynamic_index_in_dim(matrices, group, keepdims=False)
-        contract = (((4,), (1,)), ((), ()))
         slab = _tiles.values(slab, dtype)
         parts = []
         for place, rows in zip(places, jnp.split(matrix, len(places)), strict=True):
-            taps = lax.dot_general(slab, rows, contract, precision=precision, preferred_element_type=sums)
+            taps = product(slab, rows, precision=precision, accumulate=sums)
             if done:
                 taps = _rounded(taps, result, starts)
             outputs = lay_out(taps.reshape(*taps.shape[:4], *window, each), (depth, height, width), phase_by_phase=True)

@@ -1,0 +1,67 @@
+"""Products of few columns fill the registers of a CPU, and nothing of that shows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import conv3dt_jax as c3t
+from conv3dt_jax.lowerings import _columns, matmul
+from tests import oracle
+from tests.helpers import quick_jit
+from tests.test_kernel_rows import ORIGINS, axes_of
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(columns=st.integers(1, 70), space=st.lists(st.integers(0, 3), max_size=3), channels=st.integers(1, 5))
+def test_a_product_has_its_columns_and_no_more(columns, space, channels) -> None:
+    rng = np.random.default_rng(0)
+    values, matrix = (rng.integers(-9, 9, shape) for shape in ((*space, channels), (columns, channels)))
+    got = _columns.product(jnp.asarray(values, "int8"), jnp.asarray(matrix, "int8"), precision=None, accumulate="int32")
+    assert got.dtype == "int32"
+    np.testing.assert_array_equal(got, values @ matrix.T)
+
+
+def test_columns_are_added_to_narrow_products_that_few_complete() -> None:
+    changed = {n: _columns.filled(n) for n in range(1, 1000) if _columns.filled(n) != n}
+    assert changed == {27: 32, 28: 32, 29: 32, 30: 32, 31: 32} | dict.fromkeys(range(54, 64), 64)
+
+
+WINDOWS = {"27, three filters": ((1, 3, 3), 3), "27, one": ((3, 3, 3), 1), "54": ((3, 3, 3), 2), "28": ((1, 2, 2), 7)}
+
+
+@pytest.mark.parametrize("tile_bytes", [1 << 9, 1 << 12, 1 << 20])
+@pytest.mark.parametrize("origin", ORIGINS, ids=str)
+@pytest.mark.parametrize(("window", "filters"), WINDOWS.values(), ids=WINDOWS)
+def test_results_of_few_filters_are_as_defined(window, filters, origin, tile_bytes) -> None:
+    """At once, in blocks of samples and in blocks of cells, whichever way the kernel lies."""
+    rng = np.random.default_rng(2)
+    space = (1, 6, 5) if window[0] == 1 else (4, 3, 5)
+    strides = tuple(min(k, 2) for k in window)
+    x, w, b = rng.normal(size=(3, *space, 8)), rng.normal(size=(*window, filters, 8)), rng.normal(size=filters)
+    geometry = axes_of(space, window, strides, (1, 1, 1), "same", None)
+    static = {"groups": 1, "precision": None, "accumulate": jnp.float64, "tile_bytes": tile_bytes, "origin": origin}
+    with jax.enable_x64(True):
+        got = quick_jit(lambda x, w, b: matmul.outputs(x, w, geometry, bias=b, **static))(x, w, b)
+    want = oracle.conv3d_transpose(x, w, b, strides=strides, padding="same")
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
+def described(platform, filters):
+    """The module of a plane of that many filters, under a kernel of 3x3."""
+    x, w = jax.ShapeDtypeStruct((4, 16, 16, 64), "float32"), jax.ShapeDtypeStruct((3, 3, 64, filters), "float32")
+    run = jax.jit(lambda x, w: c3t.lax.conv_transpose(x, w, (2, 2), "SAME"))
+    return run.trace(x, w).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_a_cpu_makes_32_columns_of_27_and_a_gpu_27() -> None:
+    products = {
+        filters: [line for line in described("cpu", filters).splitlines() if "dot_general" in line]
+        for filters in (3, 4)
+    }
+    assert len(products[3]) == 1
+    assert "x32xf32>" in products[3][0]
+    assert "x4xf32>" in products[4][0]
+    assert "x32xf32>" not in described("cuda", 3)
