@@ -79,6 +79,8 @@ def every_tap(
 
     With ``on_cpu`` in full columns where there are few, see `_columns`; the kernel is so small that a copy is nothing.
     """
+    if origin.filters_last and origin.mirrored:  # its transposition is a copy, which may turn the taps too
+        kernel, origin = jnp.flip(kernel, (0, 1, 2)), Origin(filters_last=True)
     window, (filters, channels) = kernel.shape[:3], kernel.shape[3:][:: -1 if origin.filters_last else 1]
     columns = math.prod(window) * filters
     multiply = functools.partial(lax.dot_general, precision=precision, preferred_element_type=accumulate)
