@@ -37,9 +37,9 @@ LONG_ROWS, FEW_ROWS = 128, 4
 OPERANDS = 4
 """`tile_bytes` in the bytes of operands and result: as much may the products of all rows hold, and a block at least."""
 
-IN_CACHE, WRITTEN, FOLDED, ONCE = 0.3, 2.0, 0.6, 0.2
+IN_CACHE, WRITTEN, FOLDED, ONCE, IN_ROWS = 0.3, 2.0, 0.6, 0.2, 0.4
 """What a product costs within a block, a value that a block writes, and a product for each axis beyond the first along
-which it is added to others, or for all of these in one pass, in values that leave the cache."""
+which it is added to others, or for all of these in one pass, or in rows of a plane, in values that leave the cache."""
 
 GROUPED, MOVED, WALKED = 2.2, 1.4, 1.15
 """What a product of a group costs, and an input that is moved to its group, likewise; how much more blocks cost that
@@ -179,7 +179,8 @@ def work(call: Call, *, gradients: int) -> Work:
         return Work(int(multiply_adds * more), int(values), 3 * min(bytes_held, call.tile_bytes))
     if by_rows(call):
         kept = call.batch * _kernel_rows.kept(call.geometry) * call.filters
-        return Work(kept * call.channels, kept + kernel, 2 * bytes_held + kernel * call.itemsize)
+        values = int(written + IN_ROWS * kept) if _is_plane(call.geometry) else kept
+        return Work(kept * call.channels, values + kernel, 2 * bytes_held + kernel * call.itemsize)
     if call.groups > 1:
         moved = inputs_of(call) * call.channels
         return Work(multiply_adds, int(GROUPED * laid_out + MOVED * moved) + kernel, 3 * bytes_held)
