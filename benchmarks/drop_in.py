@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -33,25 +33,36 @@ ROUNDS, LONG = 7, 2.0
 MOST_ROUNDS, ENOUGH = 101, 0.5
 """Rounds at most, which short calls are given, and the seconds that the rounds of a call take then."""
 
+
+class Call(NamedTuple):
+    """The shapes of its operands, and arguments."""
+
+    inputs: Sequence[int]
+    kernel: Sequence[int]
+    strides: Sequence[int]
+    padding: str = "SAME"
+
+
 CALLS = {
-    "inverse short-time Fourier transform, 1-D, k1024 s256": ((8, 129, 513), (1024, 513, 1), (256,)),
-    "vocoder, 1-D, k16 s8": ((1, 1000, 512), (16, 512, 256), (8,)),
-    "wave U-Net, 1-D, k4 s2": ((4, 32000, 32), (4, 32, 32), (2,)),
-    "DCGAN, first layer, 2-D, k4 s2": ((32, 4, 4, 512), (4, 4, 512, 256), (2, 2)),
-    "DCGAN, second layer, 2-D, k4 s2": ((32, 8, 8, 256), (4, 4, 256, 128), (2, 2)),
-    "DCGAN, third layer, 2-D, k4 s2": ((32, 16, 16, 128), (4, 4, 128, 64), (2, 2)),
-    "DCGAN, last layer, 2-D, k4 s2": ((32, 32, 32, 64), (4, 4, 64, 3), (2, 2)),
-    "DCGAN, third layer of 8 samples, 2-D, k4 s2": ((8, 16, 16, 128), (4, 4, 128, 64), (2, 2)),
-    "DCGAN, first layer of one sample, 2-D, k4 s2": ((1, 4, 4, 512), (4, 4, 512, 256), (2, 2)),
-    "the same, 1024 channels": ((1, 4, 4, 1024), (4, 4, 1024, 512), (2, 2)),
-    "U-Net, 2-D, k2 s2": ((4, 64, 64, 128), (2, 2, 128, 64), (2, 2)),
-    "U-Net, bottleneck, 2-D, k2 s2": ((4, 32, 32, 256), (2, 2, 256, 128), (2, 2)),
-    "U-Net, 2-D, k3 s2": ((1, 256, 256, 32), (3, 3, 32, 16), (2, 2)),
-    "without strides, 2-D, k5": ((2, 128, 128, 32), (5, 5, 32, 32), (1, 1)),
-    "U-Net, 3-D, k2 s2": ((1, 32, 32, 32, 64), (2, 2, 2, 64, 32), (2, 2, 2)),
-    "U-Net, 3-D, k3 s2": ((1, 32, 32, 32, 32), (3, 3, 3, 32, 32), (2, 2, 2)),
+    "inverse short-time Fourier transform, 1-D, k1024 s256": Call((8, 129, 513), (1024, 513, 1), (256,)),
+    "vocoder, 1-D, k16 s8": Call((1, 1000, 512), (16, 512, 256), (8,)),
+    "wave U-Net, 1-D, k4 s2": Call((4, 32000, 32), (4, 32, 32), (2,)),
+    "DCGAN, first layer, 2-D, k4 s2": Call((32, 4, 4, 512), (4, 4, 512, 256), (2, 2)),
+    "DCGAN, second layer, 2-D, k4 s2": Call((32, 8, 8, 256), (4, 4, 256, 128), (2, 2)),
+    "DCGAN, third layer, 2-D, k4 s2": Call((32, 16, 16, 128), (4, 4, 128, 64), (2, 2)),
+    "DCGAN, last layer, 2-D, k4 s2": Call((32, 32, 32, 64), (4, 4, 64, 3), (2, 2)),
+    "DCGAN, third layer of 8 samples, 2-D, k4 s2": Call((8, 16, 16, 128), (4, 4, 128, 64), (2, 2)),
+    "DCGAN, first layer of one sample, 2-D, k4 s2": Call((1, 4, 4, 512), (4, 4, 512, 256), (2, 2)),
+    "the same, 1024 channels": Call((1, 4, 4, 1024), (4, 4, 1024, 512), (2, 2)),
+    "U-Net, 2-D, k2 s2": Call((4, 64, 64, 128), (2, 2, 128, 64), (2, 2)),
+    "U-Net, bottleneck, 2-D, k2 s2": Call((4, 32, 32, 256), (2, 2, 256, 128), (2, 2)),
+    "U-Net, 2-D, k3 s2": Call((1, 256, 256, 32), (3, 3, 32, 16), (2, 2)),
+    "without strides, 2-D, k5": Call((2, 128, 128, 32), (5, 5, 32, 32), (1, 1)),
+    "image of 512 channels, 2-D, k3 s2": Call((4, 28, 28, 512), (3, 3, 512, 3), (2, 2)),
+    "the same of 32 channels, k5 s2, VALID": Call((4, 28, 28, 32), (5, 5, 32, 32), (2, 2), "VALID"),
+    "U-Net, 3-D, k2 s2": Call((1, 32, 32, 32, 64), (2, 2, 2, 64, 32), (2, 2, 2)),
+    "U-Net, 3-D, k3 s2": Call((1, 32, 32, 32, 32), (3, 3, 3, 32, 32), (2, 2, 2)),
 }
-"""Inputs, kernel and strides, with "SAME" padding."""
 
 CODE = (8, 4, 4, 256)
 WIDTHS = (128, 64, 3)
@@ -62,17 +73,25 @@ Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 def pairs_of(name: str) -> tuple[Pair, Pair]:
     """The plain and the fast program of a call or a model: forward, and with gradients."""
-    return _of_a_model(MODELS[name]) if name in MODELS else _of_a_call(*CALLS[name])
+    return _of_a_model(MODELS[name]) if name in MODELS else _of_a_call(CALLS[name])
 
 
-def _of_a_call(inputs: Sequence[int], kernel: Sequence[int], strides: Sequence[int]) -> tuple[Pair, Pair]:
-    x, w = _normal(inputs, 0), _normal(kernel, 1)
+def forward_of(call: Call) -> Pair:
+    """The plain and the fast program of a call."""
+    x, w = _normal(call.inputs, 0), _normal(call.kernel, 1)
+    plain, fast = (_compiled(function, x, w) for function in _functions(call))
+    return plain, fast
+
+
+def _functions(call: Call) -> list[Callable[..., jax.Array]]:
     functions: list[Callable[..., jax.Array]] = [jax.lax.conv_transpose, c3t.lax.conv_transpose]
-    plain, fast = (functools.partial(function, strides=strides, padding="SAME") for function in functions)
-    return (
-        (_compiled(plain, x, w), _compiled(fast, x, w)),
-        (_compiled(_with_gradients(plain), x, w), _compiled(_with_gradients(fast), x, w)),
-    )
+    return [functools.partial(function, strides=call.strides, padding=call.padding) for function in functions]
+
+
+def _of_a_call(call: Call) -> tuple[Pair, Pair]:
+    x, w = _normal(call.inputs, 0), _normal(call.kernel, 1)
+    plain, fast = (_compiled(_with_gradients(function), x, w) for function in _functions(call))
+    return forward_of(call), (plain, fast)
 
 
 def _of_a_model(make: Callable[[], tuple[Callable[..., Any], Any]]) -> tuple[Pair, Pair]:
@@ -164,14 +183,14 @@ def _compiled(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any
 
 
 def measure(pair: Pair) -> tuple[float, float]:
-    """Medians in seconds, of interleaved calls after one that is not timed."""
+    """Medians in seconds, of interleaved calls after one that is not timed; either is first in turn."""
     found: list[list[float]] = [[], []]
     started = time.perf_counter()
     for call in pair:
         call()
     rounds = int(ENOUGH * len(pair) / (time.perf_counter() - started))
     for round_ in range(min(max(rounds, ROUNDS), MOST_ROUNDS)):
-        for seconds, call in zip(found, pair, strict=True):
+        for seconds, call in list(zip(found, pair, strict=True))[:: 1 if round_ % 2 else -1]:
             if round_ < 3 or max(seconds) < LONG:
                 started = time.perf_counter()
                 call()
