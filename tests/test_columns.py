@@ -65,3 +65,10 @@ def test_a_cpu_makes_32_columns_of_27_and_a_gpu_27() -> None:
     assert "x32xf32>" in products[3][0]
     assert "x4xf32>" in products[4][0]
     assert "x32xf32>" not in described("cuda", 3)
+
+
+def test_no_copy_is_made_to_leave_the_added_columns_out() -> None:
+    x, w = jax.ShapeDtypeStruct((1, 32, 32, 32, 64), "float32"), jax.ShapeDtypeStruct((3, 3, 3, 1, 64), "float32")
+    compiled = jax.jit(lambda x, w: c3t.conv3d_transpose(x, w, strides=2, padding="same")).lower(x, w).compile()
+    products = 32**3 * 32 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * products

@@ -52,20 +52,17 @@ def _phase_by_phase(taps: jax.Array, geometry: Geometry) -> jax.Array:
     All taps are split off: the transpose of a split is one concatenation, where that of a slice is a pad to the full
     size.
     """
-    parts: dict[tuple[int, ...], jax.Array] = {(): taps}
-    for dim, axis in enumerate(geometry, start=4):
-        parts = {
-            (*place, tap): chunk
-            for place, part in parts.items()
-            for tap, chunk in enumerate(lax.split(part, (1,) * axis.k, dim))
-        }
+    *space, filters = taps.shape[:4] + taps.shape[7:]
+    places = list(itertools.product(*(range(axis.k) for axis in geometry)))
+    columns = taps.reshape(*space, len(places) * filters)  # as they were multiplied: XLA sees through two reshapes
+    parts = dict(zip(places, lax.split(columns, (filters,) * len(places), 4), strict=True))
     terms = {}
     for place, part in parts.items():
         padding = [(0, 0, 0)]
         for tap, axis in zip(place, geometry, strict=True):
             cell = (tap * axis.d - axis.lo) // axis.s
             padding.append((cell, cells(axis) - axis.n - cell, 0))
-        terms[place] = lax.pad(part.squeeze((4, 5, 6)), jnp.zeros((), taps.dtype), [*padding, (0, 0, 0)])
+        terms[place] = lax.pad(part, jnp.zeros((), taps.dtype), [*padding, (0, 0, 0)])
     return interleaved(summed(terms, geometry), geometry)
 
 
