@@ -201,7 +201,7 @@ def try_out(trial: Trial, sdist: pathlib.Path, wheel: pathlib.Path, args: argpar
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--tests", choices=("quick", "all"), default="quick", help="some behaviours, or whatever needs no extras"
+        "--tests", choices=("quick", "all"), default="all", help="whatever needs no extras, or some behaviours"
     )
     parser.add_argument("--pythons", nargs="+", choices=PYTHONS, default=PYTHONS, metavar="VERSION")
     parser.add_argument("--workers", type=int, default=2, help="processes that run tests")

@@ -53,6 +53,20 @@ def test_work_is_what_xla_counts(name: str, implementation: str, capsys) -> None
     assert capsys.readouterr().out == f"{explained}\n"
 
 
+@pytest.mark.parametrize(
+    ("space", "kernel", "strides", "filters"),
+    [((16, 16, 8), 3, 2, 1), ((1, 28, 28), (1, 4, 4), (1, 2, 2), 32), ((8, 8, 8), 2, 2, 4)],
+)
+def test_products_that_are_laid_out_in_one_pass_are_all_that_is_held(space, kernel, strides, filters) -> None:
+    """Said to a fifth: no copy of them, and no sums beside the result."""
+    spec = c3t.Conv3DTransposeSpec(filters, kernel, strides, padding="same", use_bias=False, implementation="matmul")
+    plan = c3t.explain((1, *space, 16), spec, platforms=["cpu"]).forward["cpu"]
+    x, w = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((1, *space, 16), spec.kernel_shape(16)))
+    compiled = jax.jit(lambda x, w: c3t.apply({"kernel": w}, x, spec)).lower(x, w).compile()
+    assert plan.temporary_bytes == math.prod(space) * math.prod(spec.kernel_size) * filters * 4
+    assert plan.temporary_bytes <= compiled.memory_analysis().temp_size_in_bytes < 1.2 * plan.temporary_bytes
+
+
 def test_the_numbers_of_the_definition() -> None:
     spec = c3t.Conv3DTransposeSpec(filters=6, kernel_size=(1, 2, 3), strides=2, groups=2)
     explained = c3t.explain((2, 3, 4, 5, 8), spec, dtype="bfloat16")

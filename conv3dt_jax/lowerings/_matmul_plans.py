@@ -161,7 +161,7 @@ def spans(
 def work(call: Call, *, gradients: int) -> Work:
     """A product for every input, tap and filter, each laid out and added; the kernel, as it is read.
 
-    Temporaries: a transposed copy, and the sums so far.
+    Temporaries: the products; and, but in one pass, a transposed copy and the sums so far.
     """
     products = inputs_of(call) * math.prod(axis.k for axis in call.geometry) * call.filters
     bytes_held = held(call)
@@ -186,9 +186,11 @@ def work(call: Call, *, gradients: int) -> Work:
         return Work(multiply_adds, int(GROUPED * laid_out + MOVED * moved) + kernel, 3 * bytes_held)
     strided = any(axis.s > 1 for axis in call.geometry)  # then one axis is folded as the result is written
     folds = max(sum(axis.overlaps for axis in call.geometry) - strided, 0)
-    each = min(folds, 1) * ONCE if in_one_pass(call.geometry) else folds * FOLDED
+    at_once = in_one_pass(call.geometry)
+    each = min(folds, 1) * ONCE if at_once else folds * FOLDED
     values = written + each * laid_out + kernel
-    return Work(multiply_adds, int(values), 3 * bytes_held)
+    copied = not (at_once or folds == 0) or not _on_cpu(call)
+    return Work(multiply_adds, int(values), bytes_held * (3 if copied else 1))
 
 
 def _laid_out(geometry: Geometry) -> float:
