@@ -68,6 +68,9 @@ VECTOR = 8
 CONVOLVED = {"outputs": 1, "affine": 1, "tangent": 2, "inputs": 1, "kernel": 1.3, "gradients": 2.2}
 """What XLA's convolution takes for each, in the time of a result."""
 
+LONG, PATCHED = 5, 1.5
+"""Taps of a line from which on patches for its gradients take longer than the rule says, and how much."""
+
 WORTH = 0.85
 """The share of the others' time that `winograd` must stay below: it rounds more, and ties are not worth that."""
 
@@ -155,6 +158,8 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
     costs = {name: cost(name, call, gradients=GRADIENTS[kind], bfloat16=bfloat16) for name in names}
     if "dilated" in costs:
         costs["dilated"] = CONVOLVED[kind] * cost("dilated", call, gradients=0)
+        if GRADIENTS[kind] and dilated.is_line(form.geometry) and max(axis.k for axis in form.geometry) >= LONG:
+            costs["phases"] *= PATCHED
     if form.channels_first and "matmul" in costs:
         shapes = (form.inputs_shape(call.batch), form.outputs_shape(call.batch))
         costs["matmul"] += TRANSPOSED * sum(math.prod(shape) for shape in shapes)

@@ -144,6 +144,8 @@ def test_auto_on_cpu_reads_large_kernels_as_they_lie(space, batch, kernel, strid
         ("inputs", (1, 128, 128), (1, 5, 5), 1, 32, 32, True),  # 6 times
         ("gradients", (1, 128, 128), (1, 5, 5), 1, 32, 32, True),  # 3 times
         ("outputs", (1000, 1, 1), (31, 1, 1), 1, 32, 16, True),  # 3 times
+        ("gradients", (1000, 1, 1), (31, 1, 1), 1, 32, 16, True),  # twice
+        ("gradients", (64, 1, 1), (15, 1, 1), 1, 64, 64, False),  # short: 1.6 times slower
         ("outputs", (1, 128, 128), (1, 5, 5), 1, 4, 32, False),  # narrow: number by number
         ("outputs", (1, 4, 4), (1, 5, 5), 1, 128, 64, False),  # longer than the plane: 5 times slower there
         ("outputs", (2, 128, 128), (1, 5, 5), 1, 32, 32, False),  # a volume

@@ -98,6 +98,11 @@ def is_ordinary(geometry: Geometry) -> bool:
     return any(map(_is_still, geometry)) and all(axis.ke <= axis.n for axis in geometry)
 
 
+def is_line(geometry: Geometry) -> bool:
+    """Whether one axis moves at most."""
+    return len(_moving(geometry)[1]) == 1
+
+
 def work(call: Call, *, gradients: int) -> Work:
     """The multiply-adds of the definition; XLA keeps no temporary of its own where it can help it."""
     inputs = call.batch * math.prod(axis.n for axis in call.geometry)
