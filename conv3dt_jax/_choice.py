@@ -150,7 +150,7 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         "phases",
         *(["matmul"] if forward else []),
         *(["winograd"] if _may_filter(form, call, GRADIENTS[kind]) else []),
-        *(["dilated"] if _may_convolve(form) else []),
+        *(["dilated"] if _may_convolve(kind, form) else []),
     ]
     if names == ["phases"]:
         return "phases", "one gathering of patches" + (" serves both gradients" if kind == "gradients" else "")
@@ -195,10 +195,13 @@ def _has_short_products(form: Any, call: Call) -> bool:
     return plain and strided and many and rows < min(SHORTEST, cells)
 
 
-def _may_convolve(form: Any) -> bool:
+def _may_convolve(kind: str, form: Any) -> bool:
     """Whether XLA's own convolution is quick: in planes and lines without strides, of vectors of numbers."""
+    both_ways = kind in ("kernel", "gradients")
     plain = form.groups == 1 and all(dtype == jnp.float32 for dtype in (form.sums, *form.dtypes))
-    return plain and min(form.channels, form.filters) >= VECTOR and dilated.is_ordinary(form.geometry)
+    return (
+        plain and min(form.channels, form.filters) >= VECTOR and dilated.is_ordinary(form.geometry, both_ways=both_ways)
+    )
 
 
 def _may_filter(form: Any, call: Call, gradients: int) -> bool:

@@ -87,15 +87,18 @@ def _is_still(axis: Axis) -> bool:
     return all(isinstance(size, int) and size == 1 for size in sizes) and axis.lo == 0 and not axis.wraps
 
 
-def is_ordinary(geometry: Geometry) -> bool:
+def is_ordinary(geometry: Geometry, *, both_ways: bool) -> bool:
     """Whether it is a convolution without strides of a plane or a line that the kernel fits into.
 
     For these XLA:CPU has a product of patches that runs in all threads; volumes and stuffed zeros it walks one by one,
-    and a kernel that is longer than its input takes the input's place.
+    and a kernel that is longer than its input takes the input's place. In the gradient of the kernel the cotangent is
+    one: with ``both_ways`` that fits too.
     """
     if not all(isinstance(axis.out, int) and axis.s == 1 and not axis.wraps for axis in geometry):
         return False
-    return any(map(_is_still, geometry)) and all(axis.ke <= axis.n for axis in geometry)
+    if not any(map(_is_still, geometry)) or any(axis.ke > axis.n for axis in geometry):
+        return False
+    return not both_ways or all(sum(_split_crop(axis)[0]) < axis.ke for axis in geometry)
 
 
 def is_line(geometry: Geometry) -> bool:
