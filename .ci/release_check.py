@@ -36,10 +36,6 @@ PYTHONS = [
 DEPENDENCIES = [name_of(requirement) for requirement in PROJECT["dependencies"]]
 TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 LARGEST_SDIST = 5_000_000  # bytes
-QUICK = [
-    *("accelerated", "errors", "functional", "lax", "layer", "models", "nnx", "pallas_plans", "peers", "properties"),
-    *("samples", "structure"),
-]
 
 # Runs in the environment, isolated: what is imported lies there, has the declared version, and needs no extra.
 SMOKE = f"""
@@ -161,8 +157,7 @@ class Trial:
 def test(trial: Trial, python: pathlib.Path, source: pathlib.Path, args: argparse.Namespace) -> str:
     """The last line of pytest; all of it is in the log."""
     # The examples of interop read and write files of the other frameworks.
-    everything = ["tests", "--pyargs", PACKAGE, "--ignore-glob=/*/interop/*"]
-    tests = [f"tests/test_{part}.py" for part in QUICK] if args.tests == "quick" else everything
+    tests = ["tests", "--pyargs", PACKAGE, "--ignore-glob=/*/interop/*"]
     options = ["-q", "-n", str(args.workers), "--dist", "worksteal", "--basetemp", str(source.parent / "temporary")]
     # Packages of different ages use names of one another that are deprecated by now.
     variables = {"PYTEST_ADDOPTS": "-W ignore::DeprecationWarning"} if trial.pins else {}
@@ -200,9 +195,6 @@ def try_out(trial: Trial, sdist: pathlib.Path, wheel: pathlib.Path, args: argpar
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--tests", choices=("quick", "all"), default="all", help="whatever needs no extras, or some behaviours"
-    )
     parser.add_argument("--pythons", nargs="+", choices=PYTHONS, default=PYTHONS, metavar="VERSION")
     parser.add_argument("--workers", type=int, default=2, help="processes that run tests")
     return parser.parse_args()

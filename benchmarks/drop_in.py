@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import conv3dt_jax as c3t
 from benchmarks import machine
-from benchmarks.report import milliseconds, table, times
+from benchmarks.report import milliseconds, table, times, write_parts
 
 ROUNDS, LONG = 7, 2.0
 """Rounds at least, and seconds of a call that is made in three of them only."""
@@ -227,10 +227,7 @@ def main() -> None:
     ]
     parts.append(table(["`conv_transpose`", *heads], [rows[name] for name in CALLS]))
     parts.append(table(["model, a decoder of 4 x 4 to 32 x 32 pixels", *heads], [rows[name] for name in MODELS]))
-    text = "\n\n".join(parts) + "\n"
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "drop-in.md").write_text(text)
-    print(text)
+    write_parts(parts, args.out / "drop-in.md")
 
 
 if __name__ == "__main__":

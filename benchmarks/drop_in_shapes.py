@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks import drop_in, machine
 from benchmarks.drop_in import Call
-from benchmarks.report import milliseconds, table, times
+from benchmarks.report import milliseconds, table, times, write_parts
 
 LEAST, MOST, OUTPUTS = 1e6, 1.5e9, 1e7
 """Multiply-adds of a call, and outputs at most."""
@@ -93,10 +93,7 @@ def main() -> None:
             ],
         ),
     ]
-    text = "\n\n".join(parts) + "\n"
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "drop-in-shapes.md").write_text(text)
-    print(text)
+    write_parts(parts, args.out / "drop-in-shapes.md")
 
 
 if __name__ == "__main__":

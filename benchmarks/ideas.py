@@ -22,7 +22,18 @@ from benchmarks.cases import CASES, KINDS, Case
 from benchmarks.contestants import ours
 from benchmarks.contestants.base import Prepared, UnsupportedError
 from conv3dt_jax import _primitives
-from conv3dt_jax.lowerings import LOWERINGS, _adjoint, _blocks, _cells, _depthwise, _laid_out, _tiles, matmul, phases
+from conv3dt_jax.lowerings import (
+    LOWERINGS,
+    _adjoint,
+    _blocks,
+    _cells,
+    _columns,
+    _depthwise,
+    _laid_out,
+    _matmul_plans,
+    _tiles,
+    phases,
+)
 
 ENDLESS = 1 << 40
 BASE = "as built"
@@ -69,9 +80,10 @@ IDEAS = [
     Idea("no blocks", _blocks_of(ENDLESS)),
     Idea("all phases in one product", [(_cells, "MOST_RUNS", 0)], "phases", FORWARD),
     Idea("width not aligned", [(phases, "aligned", lambda axis: (axis, 0))], "phases", FORWARD),
-    Idea("products whole, never by block", [(matmul, "in_blocks", lambda call: False)], "matmul", FORWARD),
-    Idea("a large kernel at once, not row by row", [(matmul, "by_rows", lambda call: False)], "matmul", FORWARD),
+    Idea("products whole, never by block", [(_matmul_plans, "in_blocks", lambda call: False)], "matmul", FORWARD),
+    Idea("a large kernel at once, not row by row", [(_matmul_plans, "by_rows", lambda call: False)], "matmul", FORWARD),
     Idea("products laid out axis by axis", [(_laid_out, "FEW_TAPS", 0)], "matmul", FORWARD),
+    Idea("columns of narrow products as they are", [(_columns, "MORE", 0)], "matmul", FORWARD),
     *(Idea(f"lowering {name}", lowering=name) for name in LOWERINGS if name != "dilated"),
     Idea("patches tap by tap", [(_adjoint, "SHORT_RUN", ENDLESS)], "phases", TRAINING),
     Idea("a slice for every tap, no loop", [(_tiles, "looped", lambda taps, few=0: 0)], "phases"),

@@ -262,6 +262,14 @@ def markdown(run: Run) -> str:
     return "\n\n".join(section for section in [*sections, absent(results)] if section)
 
 
+def write_parts(parts: Sequence[str], path: pathlib.Path) -> None:
+    """Writes a page of Markdown, and prints it."""
+    text = "\n\n".join(parts) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(text)
+
+
 def write(files: Sequence[pathlib.Path], out: pathlib.Path) -> str:
     """Writes ``report.md`` and the plots of stored runs beside it; the text for the terminal."""
     from benchmarks import plots

@@ -97,6 +97,7 @@ def test_auto_on_cpu_does_not_multiply_padding(space, batch, kernel, strides, ch
         ((4, 64, 64), 1, 7, 2, 128, 3, "same", "phases"),  # measured 4.6 times faster
         ((48, 48, 48), 4, (3, 4, 4), 1, 8, 1, "same", "matmul"),  # 7.6 times
         ((4, 4, 4), 2, 7, 1, 128, 64, "valid", "matmul"),  # 6 times
+        ((1, 7, 7), 16, (1, 5, 5), (1, 2, 2), 32, 32, "same", "matmul"),  # 1.5 times: rows of a plane
         ((7, 21, 14), 1, 5, 1, 128, 64, "valid", "phases"),  # 8 times: blocks would repeat most products
     ],
 )

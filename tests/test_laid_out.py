@@ -46,7 +46,7 @@ def test_phases_are_put_in_order(axes, rows, data) -> None:
     np.testing.assert_array_equal(got, want)
 
 
-PLANES = {"spread": (3, 2), "side by side": (5, 2), "nine phases": (5, 3), "stacked": (4, 3)}
+PLANES = {"spread": (3, 2), "side by side": (5, 2), "nine side by side": (4, 3)}
 
 
 @pytest.mark.parametrize(("size", "stride"), PLANES.values(), ids=PLANES)
