@@ -1,6 +1,7 @@
 """`matmul` where the kernel is the larger operand: row by row, as it lies; and blocks that write such rows."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 import conv3dt_jax as c3t
 from conv3dt_jax import _choice
 from conv3dt_jax._geometry import resolve_axis
-from conv3dt_jax.lowerings import _kernel_rows, _matmul_plans, _tiles, matmul
+from conv3dt_jax.lowerings import _kernel_rows, _matmul_plans, _products, _tiles, matmul
 from conv3dt_jax.lowerings._origin import Origin
 from conv3dt_jax.lowerings._turn import turned_kernel
 from conv3dt_jax.lowerings._work import Call
@@ -57,7 +58,7 @@ def test_rows_of_a_kernel_give_the_defined_result(call, origin) -> None:
     )  # fmt: skip
     with jax.enable_x64(True):
         lies = origin.restored(jnp.asarray(w))
-        static = {"precision": None, "accumulate": jnp.float64, "origin": origin}
+        static = {"product": _products.plain, "precision": None, "accumulate": jnp.float64, "origin": origin}
         got = quick_jit(lambda x, w: _kernel_rows.outputs(x, w, geometry, **static))(x, lies)
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
@@ -161,10 +162,10 @@ def test_a_product_for_each_tap_gives_the_same_products(call, mirrored) -> None:
     rng = np.random.default_rng(5)
     x, w = rng.normal(size=(2, *space, 3)), rng.normal(size=(*window, 3, 2))
     static = {"precision": None, "accumulate": jnp.float64, "origin": Origin(mirrored, filters_last=True)}
+    every_tap = functools.partial(_kernel_rows.every_tap, product=_products.plain)
     with jax.enable_x64(True):
         got, want = (
-            quick_jit(lambda x, w, way=way: way(x, w, **static))(x, w)
-            for way in (_kernel_rows.tap_by_tap, _kernel_rows.every_tap)
+            quick_jit(lambda x, w, way=way: way(x, w, **static))(x, w) for way in (_kernel_rows.tap_by_tap, every_tap)
         )
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import conv3dt_jax as c3t
 from conv3dt_jax import _choice
 from conv3dt_jax._geometry import resolve_axis
-from conv3dt_jax.lowerings import _matmul_plans, _samples, _tiles
+from conv3dt_jax.lowerings import _matmul_plans, _products, _samples, _tiles
 from conv3dt_jax.lowerings._work import Call
 from tests import oracle
 from tests.helpers import quick_jit
@@ -33,7 +33,7 @@ def test_blocks_of_samples_give_the_defined_result(call, batch, block, with_bias
     want = oracle.conv3d_transpose(
         x, w, b, strides=strides, padding=padding, dilation_rate=dilation, output_padding=more
     )  # fmt: skip
-    static = {"precision": None, "accumulate": jnp.float64, "result": jnp.float64}
+    static = {"product": _products.plain, "precision": None, "accumulate": jnp.float64, "result": jnp.float64}
     span = _tiles.Span(batch, min(block, batch))
     with jax.enable_x64(True):
         got = quick_jit(lambda x, w, b: _samples.outputs(x, w, geometry, span, bias=b, **static))(x, w, b)
@@ -44,7 +44,13 @@ def test_circular_samples_wrap_within_themselves() -> None:
     rng = np.random.default_rng(1)
     x, w = rng.normal(size=(3, 4, 3, 5, 2)), rng.normal(size=(3, 3, 3, 2, 2))
     geometry = tuple(resolve_axis(n, 3, 2, 1, "circular", None) for n in x.shape[1:4])
-    static = {"precision": None, "accumulate": jnp.float64, "result": jnp.float64, "bias": None}
+    static = {
+        "product": _products.plain,
+        "precision": None,
+        "accumulate": jnp.float64,
+        "result": jnp.float64,
+        "bias": None,
+    }
     with jax.enable_x64(True):
         got = jax.jit(lambda x, w: _samples.outputs(x, w, geometry, _tiles.Span(3, 2), **static))(x, w)
     want = oracle.conv3d_transpose(x, w, strides=2, padding="circular")

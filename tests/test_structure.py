@@ -23,7 +23,7 @@ FLOORS = [
         "_keras_config",
         "constraints",
         "regularizers",
-        "lowerings._columns",
+        "lowerings._products",
         "lowerings._origin",
         "lowerings._triton",
         "lowerings._walks",

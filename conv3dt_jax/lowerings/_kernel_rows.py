@@ -7,7 +7,6 @@ outside the result take no part: an eighth of them per axis where 4 inputs meet 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 
@@ -18,9 +17,9 @@ from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings._cells import cells
-from conv3dt_jax.lowerings._columns import filled, product
 from conv3dt_jax.lowerings._laid_out import interleaved, overlap_add, summed
 from conv3dt_jax.lowerings._origin import Origin
+from conv3dt_jax.lowerings._products import Product
 
 Reach = tuple[int, int, int]
 """A tap's inputs ``[first, last)`` whose products are kept, and the cell of the first."""
@@ -46,6 +45,7 @@ def outputs(
     inputs: jax.Array,
     kernel: jax.Array,
     geometry: Geometry,
+    product: Product,
     *,
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
@@ -56,7 +56,7 @@ def outputs(
     terms: dict[tuple[int, ...], jax.Array] = {}
     for place, row, (d, h) in _rows(kernel, geometry, origin):
         taken = lax.slice_in_dim(lax.slice_in_dim(inputs, *d[:2], axis=1), *h[:2], axis=2)
-        products = every_tap(taken, row, precision=precision, accumulate=accumulate, origin=origin)
+        products = every_tap(taken, row, product, precision=precision, accumulate=accumulate, origin=origin)
         products = overlap_add(products.squeeze((4, 5)), 3, width)
         around = [(0, 0, 0), _around(depth, d), _around(height, h), (0, 0, 0), (0, 0, 0)]
         terms[place] = lax.pad(products, jnp.zeros((), products.dtype), around)
@@ -69,29 +69,17 @@ def outputs(
 def every_tap(
     inputs: jax.Array,
     kernel: jax.Array,
+    product: Product,
     *,
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
     origin: Origin,
-    on_cpu: bool = True,
 ) -> jax.Array:
-    """``(N, D, H, W, C)`` times all taps of a kernel as it lies, in order: ``(N, D, H, W, kd, kh, kw, F)``.
-
-    With ``on_cpu`` in full columns where there are few, see `_columns`; the kernel is so small that a copy is nothing.
-    """
+    """``(N, D, H, W, C)`` times all taps of a kernel as it lies, in order: ``(N, D, H, W, kd, kh, kw, F)``."""
     if origin.filters_last and origin.mirrored:  # its transposition is a copy, which may turn the taps too
         kernel, origin = jnp.flip(kernel, (0, 1, 2)), Origin(filters_last=True)
-    window, (filters, channels) = kernel.shape[:3], kernel.shape[3:][:: -1 if origin.filters_last else 1]
-    columns = math.prod(window) * filters
-    multiply = functools.partial(lax.dot_general, precision=precision, preferred_element_type=accumulate)
-    if on_cpu and filled(columns) > columns:
-        matrix = (kernel.swapaxes(3, 4) if origin.filters_last else kernel).reshape(columns, channels)
-        taps = product(inputs, matrix, precision=precision, accumulate=accumulate)
-    elif origin.filters_last:
-        taps = multiply(inputs, kernel, (((4,), (3,)), ((), ())))
-    else:  # a matrix first: XLA would move the channels to the front
-        taps = multiply(inputs, kernel.reshape(columns, channels), (((4,), (1,)), ((), ())))
-    taps = taps.reshape(*inputs.shape[:4], *window, filters)
+    dim = 3 if origin.filters_last else 4
+    taps = product(inputs, kernel, dim, precision=precision, accumulate=accumulate)
     return jnp.flip(taps, (4, 5, 6)) if origin.mirrored else taps
 
 

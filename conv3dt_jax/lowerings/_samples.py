@@ -6,6 +6,7 @@ cache twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Geometry
-from conv3dt_jax.lowerings import _tiles
-from conv3dt_jax.lowerings._columns import product
+from conv3dt_jax.lowerings import _products, _tiles
 from conv3dt_jax.lowerings._laid_out import lay_out
 
 
@@ -25,6 +25,7 @@ def outputs(
     kernel: jax.Array,
     geometry: Geometry,
     span: _tiles.Span,
+    product: _products.Product,
     *,
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
@@ -34,11 +35,12 @@ def outputs(
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F, C)`` to ``(N, *out, F)``; one group."""
     dtype, sums = _tiles.operand_dtype(accumulate, inputs, kernel), _tiles.widest(accumulate, inputs, kernel)
     *window, filters, channels = kernel.shape
-    matrix = kernel.astype(dtype).reshape(-1, channels)
+    rows = span.block * math.prod(inputs.shape[1:4])
+    matrix, dim = _products.as_read(kernel.astype(dtype).reshape(-1, channels), rows, sums)
     held = _tiles.Held.of(inputs)
 
     def finished(slab: jax.Array) -> jax.Array:
-        taps = product(slab, matrix, precision=precision, accumulate=sums)
+        taps = product(slab, matrix, dim, precision=precision, accumulate=sums)
         taps = taps.reshape(*slab.shape[:4], *window, filters)
         laid = _tiles.plus(lay_out(taps, geometry, phase_by_phase=True), bias)
         return _tiles.bits(laid.astype(result))

@@ -23,14 +23,12 @@ from jax.typing import DTypeLike
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings import _tiles
 from conv3dt_jax.lowerings._adjoint import unwrap
+from conv3dt_jax.lowerings._products import CONV_GENERAL_DILATED
 from conv3dt_jax.lowerings._transposes import transposes
 from conv3dt_jax.lowerings._work import Call, Work
 
 WRITTEN, TURNED, BEGUN = 2.5, 5, 250_000
 """What an output, a value of the kernel and a call cost on a CPU, in values of a patch; see `is_ordinary`."""
-
-CONV_GENERAL_DILATED = lax.conv_general_dilated
-"""JAX's own, whatever stands in its place later (`_accelerate`)."""
 
 
 def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:

@@ -16,6 +16,8 @@ values per input, axis and filter.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,9 +27,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
-from conv3dt_jax.lowerings import _adjoint, _blocks, _kernel_rows, _matmul_plans, _samples, _tiles
+from conv3dt_jax.lowerings import _adjoint, _blocks, _kernel_rows, _matmul_plans, _products, _samples, _tiles
 from conv3dt_jax.lowerings._cells import cells, shifts, span, walk
-from conv3dt_jax.lowerings._columns import product
 from conv3dt_jax.lowerings._laid_out import lay_out
 from conv3dt_jax.lowerings._origin import AS_GIVEN, Origin
 from conv3dt_jax.lowerings._result import Part
@@ -55,24 +56,27 @@ def outputs(
     result: DTypeLike | None = None,
     bias: jax.Array | None = None,
     origin: Origin = AS_GIVEN,
+    transposed: bool = False,
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``, of dtype ``result``.
 
-    The kernel is taken as it lies, by its ``origin``.
+    The kernel is taken as it lies, by its ``origin``. With ``transposed`` the transpose is what is asked for.
     """
+    on_cpu = tile_bytes <= _tiles.LARGEST
+    product = _products.on_cpu if on_cpu and not transposed else _products.plain
     batch = inputs.shape[0] if isinstance(inputs.shape[0], int) else 1
     sizes = (inputs.shape[-1], kernel.shape[3] * groups, groups, jnp.dtype(accumulate).itemsize, tile_bytes)
     call = Call(geometry, batch, *sizes)
     if all(isinstance(axis.out, int) for axis in geometry) and _matmul_plans.in_blocks(call):
         if _matmul_plans.by_samples(call):
             result = _tiles.widest(accumulate, inputs, kernel) if result is None else result
+            span = _matmul_plans.samples(call)
             rest: dict[str, Any] = {"accumulate": accumulate, "result": result, "bias": bias}
-            return _samples.outputs(inputs, kernel, geometry, _matmul_plans.samples(call), precision=precision, **rest)
-        return _by_block(inputs, kernel, geometry, groups, precision, accumulate, tile_bytes, result, bias)
+            return _samples.outputs(inputs, kernel, geometry, span, product, precision=precision, **rest)
+        return _by_block(inputs, kernel, geometry, groups, product, precision, accumulate, tile_bytes, result, bias)
     if inputs.dtype != kernel.dtype:
         inputs, kernel = (a.astype(_tiles.widest(accumulate, inputs, kernel)) for a in (inputs, kernel))
     static: dict[str, Any] = {"precision": precision, "accumulate": accumulate}
-    on_cpu = tile_bytes <= _tiles.LARGEST
     if groups > 1:
         taps = _of_groups(inputs, kernel, groups, **static)
         return _tiles.plus(lay_out(taps, geometry, phase_by_phase=on_cpu), bias)
@@ -81,9 +85,9 @@ def outputs(
     if _matmul_plans.by_taps(call, origin):
         taps = _kernel_rows.tap_by_tap(inputs, kernel, **static)
     elif _matmul_plans.by_rows(call):
-        return _tiles.plus(_kernel_rows.outputs(inputs, kernel, geometry, **static), bias)
+        return _tiles.plus(_kernel_rows.outputs(inputs, kernel, geometry, product, **static), bias)
     else:
-        taps = _kernel_rows.every_tap(inputs, kernel, **static, on_cpu=on_cpu)
+        taps = _kernel_rows.every_tap(inputs, kernel, product, **static)
     return _tiles.plus(lay_out(taps, geometry, phase_by_phase=on_cpu), bias)
 
 
@@ -110,6 +114,7 @@ def _by_block(
     kernel: jax.Array,
     geometry: Geometry,
     groups: int,
+    product: _products.Product,
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
     tile_bytes: int,
@@ -123,7 +128,6 @@ def _by_block(
     filters *= groups
     blocks = _blocks.count(groups, channels, filters)
     each = filters // blocks
-    matrices = _blocks.split_kernel(kernel.astype(dtype), groups).reshape(blocks, -1, channels // blocks)
     spans = _matmul_plans.spans(geometry, inputs.shape[0], blocks, each, sums.itemsize, tile_bytes)
     depth, height, width = map(_local, geometry, (spans[2].block, spans[3].block, None))
     steps, places = [axis.s for axis in geometry[:2]], [(0, 0)]
@@ -131,14 +135,17 @@ def _by_block(
         places = [(d * geometry[0].d, h * geometry[1].d) for d in range(window[0]) for h in range(window[1])]
         depth, height = (Axis(span.block, 1, 1, 1, 0, span.block) for span in spans[2:])
         steps, window = [1, 1], [1, 1, window[2]]
+    matrices = _blocks.split_kernel(kernel.astype(dtype), groups)
+    rows = spans[0].block * math.prod(axis.n for axis in (depth, height, width))
+    matrices, dim = _products.as_read(matrices.reshape(blocks, len(places), -1, channels // blocks), rows, sums)
     done = bias is None and not any(axis.overlaps for axis in geometry)  # nothing to add: round what the product gives
 
     def compute(slab: jax.Array, group: Any, starts: Sequence[Any]) -> list[Part]:
         matrix = lax.dynamic_index_in_dim(matrices, group, keepdims=False)
         slab = _tiles.values(slab, dtype)
         parts = []
-        for place, rows in zip(places, jnp.split(matrix, len(places)), strict=True):
-            taps = product(slab, rows, precision=precision, accumulate=sums)
+        for part, place in enumerate(places):
+            taps = product(slab, matrix[part], dim, precision=precision, accumulate=sums)
             if done:
                 taps = _rounded(taps, result, starts)
             outputs = lay_out(taps.reshape(*taps.shape[:4], *window, each), (depth, height, width), phase_by_phase=True)
@@ -180,4 +187,5 @@ def gradients(
         sums = static["accumulate"]
         cotangent = cotangent.astype(sums)
         inputs, kernel = (a if a is None else a.astype(sums) for a in (inputs, kernel))
-    return transposes(outputs, inputs, kernel, cotangent, geometry, channels, **static)
+    linear = functools.partial(outputs, transposed=True)
+    return transposes(linear, inputs, kernel, cotangent, geometry, channels, **static)

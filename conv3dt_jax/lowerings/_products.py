@@ -1,0 +1,95 @@
+"""A product of values and a kernel; on a CPU by whichever of XLA's two libraries is quicker.
+
+XLA:CPU multiplies float32 matrices by YNNPACK (jaxlib 0.10.1 to 0.12.0), which makes columns by the dozen and takes the
+last few almost one by one. A convolution with a window of one becomes a product too, but so late that Eigen makes it,
+whose time does not depend on the columns. Short products are for YNNPACK: Eigen packs both operands first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+EVEN, LEAST, ROWS = 64, 12_000_000, 128
+"""Columns that leave none over; the multiply-adds, and the rows, from which on other columns are for Eigen."""
+
+FULL, MOST = 32, 64
+"""Columns that YNNPACK makes together, and columns up to which it shows that some are not."""
+
+MORE = 1.2
+"""Times the columns that may be made: more zeros would cost what they save."""
+
+CONV_GENERAL_DILATED = lax.conv_general_dilated
+"""JAX's own, whatever stands in its place later (`_accelerate`)."""
+
+Product = Callable[..., jax.Array]
+"""`plain` or `on_cpu`."""
+
+
+def plain(values: jax.Array, kernel: jax.Array, dim: int, *, precision: Any, accumulate: DTypeLike) -> jax.Array:
+    """``(..., C)`` and a kernel whose axis ``dim`` are the channels: ``(..., *the other axes)``, of ``accumulate``."""
+    contract = (((values.ndim - 1,), (dim,)), ((), ()))
+    if dim < kernel.ndim - 1:
+        return lax.dot_general(values, kernel, contract, precision=precision, preferred_element_type=accumulate)
+    window, contract = kernel.shape[:-1], (((values.ndim - 1,), (1,)), ((), ()))
+    matrix = kernel.reshape(-1, kernel.shape[-1])  # a matrix first: XLA would move the channels to the front
+    found = lax.dot_general(values, matrix, contract, precision=precision, preferred_element_type=accumulate)
+    return found.reshape(*values.shape[:-1], *window)
+
+
+def on_cpu(values: jax.Array, kernel: jax.Array, dim: int, *, precision: Any, accumulate: DTypeLike) -> jax.Array:
+    """The same, for what is not transposed: the transpose of a convolution is one whose window is the cotangent."""
+    others = kernel.shape[:dim] + kernel.shape[dim + 1 :]
+    columns, channels = math.prod(others), kernel.shape[dim]
+    rows = math.prod(values.shape[:-1])
+    if is_for_eigen(rows, channels, columns, accumulate, values.dtype, kernel.dtype):
+        matrix = jnp.moveaxis(kernel, dim, 0).reshape(1, channels, columns)
+        # barriers, lest XLA make their transpositions part of the convolution, which is no product then
+        flat, matrix = lax.optimization_barrier((values.reshape(1, rows, channels), matrix))
+        found = CONV_GENERAL_DILATED(
+            flat,
+            matrix,
+            window_strides=(1,),
+            padding="VALID",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            precision=precision,
+            preferred_element_type=accumulate,
+        )
+    elif filled(columns) > columns:
+        matrix = jnp.moveaxis(kernel, dim, -1).reshape(columns, channels)
+        matrix = jnp.pad(matrix, ((0, filled(columns) - columns), (0, 0)))
+        found = plain(values, matrix, 1, precision=precision, accumulate=accumulate)
+        found = lax.slice_in_dim(found, 0, columns, axis=-1)
+    else:
+        return plain(values, kernel, dim, precision=precision, accumulate=accumulate)
+    return found.reshape(*values.shape[:-1], *others)
+
+
+def is_for_eigen(rows: Any, channels: int, columns: int, *dtypes: DTypeLike) -> bool:
+    """Whether Eigen is the quicker one; the number of rows may be symbolic."""
+    if columns % EVEN == 0 or not all(jnp.dtype(dtype) == jnp.float32 for dtype in dtypes):
+        return False
+    return isinstance(rows, int) and rows >= ROWS and rows * channels * columns >= LEAST
+
+
+def filled(columns: int) -> int:
+    """The columns to make of a product by YNNPACK, so that none are left over.
+
+    Of 27, three filters and nine taps, the last three cost more than five zeros beside them.
+    """
+    full = -(-columns // FULL) * FULL
+    return full if columns <= MOST and full <= MORE * columns else columns
+
+
+def as_read(matrices: jax.Array, rows: Any, *dtypes: DTypeLike) -> tuple[jax.Array, int]:
+    """``(..., columns, C)``, turned where each step of a loop would turn them; and which of the two axes is C."""
+    *_, columns, channels = matrices.shape
+    if is_for_eigen(rows, channels, columns, matrices.dtype, *dtypes):
+        return matrices.swapaxes(-1, -2), 0
+    return matrices, 1
