@@ -84,7 +84,9 @@ IDEAS = [
     Idea("a large kernel at once, not row by row", [(_matmul_plans, "by_rows", lambda call: False)], "matmul", FORWARD),
     Idea("products laid out axis by axis", [(_laid_out, "FEW_TAPS", 0)], "matmul", FORWARD),
     Idea("columns of narrow products as they are", [(_products, "MORE", 0)], "matmul", FORWARD),
-    Idea("no products by Eigen", [(_products, "LEAST", ENDLESS)], "matmul", FORWARD),
+    Idea(
+        "no products by Eigen", [(_products, "LEAST", ENDLESS), (_products, "EVEN_LEAST", ENDLESS)], "matmul", FORWARD
+    ),
     *(Idea(f"lowering {name}", lowering=name) for name in LOWERINGS if name != "dilated"),
     Idea("patches tap by tap", [(_adjoint, "SHORT_RUN", ENDLESS)], "phases", TRAINING),
     Idea("a slice for every tap, no loop", [(_tiles, "looped", lambda taps, few=0: 0)], "phases"),

@@ -48,12 +48,16 @@ def test_a_product_by_eigen_has_the_axes_of_both_in_order(others, space, channel
     np.testing.assert_array_equal(got, np.tensordot(values, kernel, (-1, -1)))
 
 
-def test_long_products_of_uneven_columns_are_for_eigen() -> None:
+def test_long_products_are_for_eigen_sooner_where_their_columns_are_uneven() -> None:
     f32, bf16, f64 = jnp.float32, jnp.bfloat16, jnp.float64
-    assert _products.is_for_eigen(4096, 128, 800, f32, f32)
-    assert not _products.is_for_eigen(4096, 128, 832, f32, f32)  # columns that leave none over
+    assert _products.is_for_eigen(4096, 16, 800, f32, f32)
     assert not _products.is_for_eigen(100, 512, 800, f32, f32)  # few rows
     assert not _products.is_for_eigen(400, 32, 800, f32, f32)  # a short product
+    assert _products.is_for_eigen(512, 128, 832, f32, f32)
+    assert not _products.is_for_eigen(4096, 16, 832, f32, f32)
+    assert not _products.is_for_eigen(4096, 512, 832, f32, f32)
+    assert not _products.is_for_eigen(200, 256, 832, f32, f32)
+    assert not _products.is_for_eigen(256, 64, 832, f32, f32)
     assert not _products.is_for_eigen(4096, 128, 800, f32, bf16)
     assert not _products.is_for_eigen(4096, 128, 800, f64, f64)
 

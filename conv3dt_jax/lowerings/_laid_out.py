@@ -39,8 +39,14 @@ def lay_out(taps: jax.Array, geometry: Geometry, *, phase_by_phase: bool) -> jax
 
 
 def in_one_pass(geometry: Geometry) -> bool:
-    """Whether products overlap, and are so few for an input that each may have an operation of its own."""
+    """Whether products overlap, and are so few for an input that each may have an operation of its own.
+
+    Not in lines with strides whose result begins with a cell: blocks of neighbouring taps are added up as they lie.
+    """
     if any(axis.wraps or not isinstance(axis.out, int) for axis in geometry):
+        return False
+    moving = [axis for axis in geometry if axis.k * axis.s > 1]
+    if len(moving) == 1 and moving[0].s > 1 and moving[0].lo % moving[0].s == 0:
         return False
     pieces = max(math.prod(axis.k for axis in geometry), math.prod(axis.s for axis in geometry))
     return any(axis.overlaps for axis in geometry) and pieces <= FEW_TAPS

@@ -2,7 +2,8 @@
 
 XLA:CPU multiplies float32 matrices by YNNPACK (jaxlib 0.10.1 to 0.12.0), which makes columns by the dozen and takes the
 last few almost one by one. A convolution with a window of one becomes a product too, but so late that Eigen makes it,
-whose time does not depend on the columns. Short products are for YNNPACK: Eigen packs both operands first.
+whose time does not depend on the columns, and in the threads that lay the products out. Short products are for YNNPACK:
+Eigen packs both operands first.
 """
 
 from __future__ import annotations
@@ -16,8 +17,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-EVEN, LEAST, ROWS = 64, 12_000_000, 128
-"""Columns that leave none over; the multiply-adds, and the rows, from which on other columns are for Eigen."""
+EVEN = 64
+"""Columns of which a multiple leaves none over."""
+
+LEAST, ROWS = 12_000_000, 128
+"""Multiply-adds and rows from which on products of other columns are for Eigen."""
+
+EVEN_LEAST, EVEN_ROWS, EVEN_CHANNELS = 30_000_000, 256, (64, 256)
+"""The same for a multiple of them, and the channels that these are summed over."""
 
 FULL, MOST = 32, 64
 """Columns that YNNPACK makes together, and columns up to which it shows that some are not."""
@@ -73,9 +80,13 @@ def on_cpu(values: jax.Array, kernel: jax.Array, dim: int, *, precision: Any, ac
 
 def is_for_eigen(rows: Any, channels: int, columns: int, *dtypes: DTypeLike) -> bool:
     """Whether Eigen is the quicker one; the number of rows may be symbolic."""
-    if columns % EVEN == 0 or not all(jnp.dtype(dtype) == jnp.float32 for dtype in dtypes):
+    if not isinstance(rows, int) or any(jnp.dtype(dtype) != jnp.float32 for dtype in dtypes):
         return False
-    return isinstance(rows, int) and rows >= ROWS and rows * channels * columns >= LEAST
+    multiply_adds = rows * channels * columns
+    if columns % EVEN:
+        return rows >= ROWS and multiply_adds >= LEAST
+    least, most = EVEN_CHANNELS
+    return rows >= EVEN_ROWS and multiply_adds >= EVEN_LEAST and least <= channels <= most
 
 
 def filled(columns: int) -> int:
