@@ -28,9 +28,11 @@ MANY_TAPS = 15
 def lay_out(taps: jax.Array, geometry: Geometry, *, phase_by_phase: bool) -> jax.Array:
     """``(N, D, H, W, kd, kh, kw, F)`` to ``(N, *out, F)``: every product to its place.
 
-    With ``phase_by_phase`` in one pass, where it can be.
+    With ``phase_by_phase`` in one pass, where it can be, and the only axis that moves is no row in order.
     """
-    if phase_by_phase and in_one_pass(geometry):
+    moving = [axis for axis in geometry if axis.k * axis.s > 1]
+    is_row = len(moving) == 1 and _is_in_order(moving[0])
+    if phase_by_phase and in_one_pass(geometry) and not is_row:
         return _phase_by_phase(taps, geometry)
     taps = taps.transpose(0, 1, 4, 2, 5, 3, 6, 7)  # each axis beside its taps
     for dim, axis in zip((5, 3, 1), geometry[::-1], strict=True):
@@ -39,37 +41,45 @@ def lay_out(taps: jax.Array, geometry: Geometry, *, phase_by_phase: bool) -> jax
 
 
 def in_one_pass(geometry: Geometry) -> bool:
-    """Whether products overlap, and are so few for an input that each may have an operation of its own.
-
-    Not in lines with strides whose result begins with a cell: blocks of neighbouring taps are added up as they lie.
-    """
+    """Whether products overlap, and are so few for an input that each may have an operation of its own."""
     if any(axis.wraps or not isinstance(axis.out, int) for axis in geometry):
-        return False
-    moving = [axis for axis in geometry if axis.k * axis.s > 1]
-    if len(moving) == 1 and moving[0].s > 1 and moving[0].lo % moving[0].s == 0:
         return False
     pieces = max(math.prod(axis.k for axis in geometry), math.prod(axis.s for axis in geometry))
     return any(axis.overlaps for axis in geometry) and pieces <= FEW_TAPS
 
 
 def _phase_by_phase(taps: jax.Array, geometry: Geometry) -> jax.Array:
-    """One pass over the products: each output of a cell is the sum of the taps that fall on it.
+    """One pass over the products: each output of a cell is the sum of the taps, or rows of taps, that fall on it.
 
-    All taps are split off: the transpose of a split is one concatenation, where that of a slice is a pad to the full
-    size.
+    All are split off: the transpose of a split is one concatenation, where that of a slice is a pad to the full size.
     """
     *space, filters = taps.shape[:4] + taps.shape[7:]
-    places = list(itertools.product(*(range(axis.k) for axis in geometry)))
-    columns = taps.reshape(*space, len(places) * filters)  # as they were multiplied: XLA sees through two reshapes
-    parts = dict(zip(places, lax.split(columns, (filters,) * len(places), 4), strict=True))
+    axes = geometry[: 2 if _in_rows(geometry) else 3]
+    places = list(itertools.product(*(range(axis.k) for axis in axes)))
+    each = filters * math.prod(axis.k for axis in geometry[len(axes) :])
+    columns = taps.reshape(*space, len(places) * each)  # as they were multiplied: XLA sees through two reshapes
+    parts = dict(zip(places, lax.split(columns, (each,) * len(places), 4), strict=True))
     terms = {}
     for place, part in parts.items():
         padding = [(0, 0, 0)]
-        for tap, axis in zip(place, geometry, strict=True):
+        for tap, axis in zip(place, axes, strict=True):
             cell = (tap * axis.d - axis.lo) // axis.s
             padding.append((cell, cells(axis) - axis.n - cell, 0))
+        if len(axes) == 2:
+            part = overlap_add(part.reshape(*space, geometry[2].k, filters), 3, geometry[2])
+            padding.append((0, 0, 0))
         terms[place] = lax.pad(part, jnp.zeros((), taps.dtype), [*padding, (0, 0, 0)])
-    return interleaved(summed(terms, geometry), geometry)
+    return interleaved(summed(terms, axes), axes)
+
+
+def _in_rows(geometry: Geometry) -> bool:
+    """Whether rows of taps are added up as they lie. Not where `interleaved` writes the phases apart."""
+    return _is_in_order(geometry[2]) and not _is_written_apart(geometry)
+
+
+def _is_in_order(axis: Axis) -> bool:
+    """Whether the result begins with a cell: neighbouring taps are neighbours there, and what is added is aligned."""
+    return isinstance(axis.lo, int) and axis.s > 1 and axis.lo % axis.s == 0
 
 
 def summed(terms: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) -> dict[tuple[int, ...], jax.Array]:
@@ -93,10 +103,9 @@ def interleaved(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) 
     Where the last cells stick out, to cut the result as it is written costs more than to spread and add up a few
     phases, or than a copy of those that are sums of many taps. Not where the phases are rows already.
     """
-    ragged = any(axis.out % axis.s for axis in axes)
     some = next(iter(phases.values()))
-    if ragged and some.ndim == len(axes) + 2:
-        if math.prod(axis.k for axis in axes) >= MANY_TAPS and sum(axis.overlaps for axis in axes) == 2:
+    if _is_ragged(axes) and some.ndim == len(axes) + 2:
+        if _is_written_apart(axes):
             return _cut(_from_the_filters(phases, axes), axes)
         if math.prod(axis.s for axis in axes) <= FEW_PHASES:
             return functools.reduce(jnp.add, (_spread(phase, place, axes) for place, phase in phases.items()))
@@ -110,6 +119,17 @@ def interleaved(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) 
         return lax.collapse(found, dim + 1, dim + 3)
 
     return _cut(stacked(()), axes)
+
+
+def _is_ragged(axes: Sequence[Axis]) -> bool:
+    """Whether the last cells stick out of the result."""
+    return any(axis.out % axis.s for axis in axes)
+
+
+def _is_written_apart(axes: Sequence[Axis]) -> bool:
+    """Whether all phases are written before they are put in order."""
+    many = math.prod(axis.k for axis in axes) >= MANY_TAPS and sum(axis.overlaps for axis in axes) == 2
+    return many and _is_ragged(axes)
 
 
 def _from_the_filters(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) -> jax.Array:
