@@ -83,6 +83,7 @@ IDEAS = [
     Idea("products whole, never by block", [(_matmul_plans, "in_blocks", lambda call: False)], "matmul", FORWARD),
     Idea("a large kernel at once, not row by row", [(_matmul_plans, "by_rows", lambda call: False)], "matmul", FORWARD),
     Idea("products laid out axis by axis", [(_laid_out, "FEW_TAPS", 0)], "matmul", FORWARD),
+    Idea("taps of a row one by one", [(_laid_out, "_is_in_order", lambda axis: False)], "matmul", FORWARD),
     Idea("columns of narrow products as they are", [(_products, "MORE", 0)], "matmul", FORWARD),
     Idea(
         "no products by Eigen", [(_products, "LEAST", ENDLESS), (_products, "EVEN_LEAST", ENDLESS)], "matmul", FORWARD

@@ -43,7 +43,7 @@ def test_a_product_by_eigen_has_the_axes_of_both_in_order(others, space, channel
     dim = len(others) if last else max(len(others) - 1, 0)
     lies = np.moveaxis(kernel, -1, dim)
     static = {"precision": None, "accumulate": jnp.float32}
-    with mock.patch.multiple(_products, EVEN=1 << 20, LEAST=0, ROWS=0):
+    with mock.patch.multiple(_products, EVEN=1 << 20, LEAST=0, ROWS=0, TURNED=0):
         got = _products.on_cpu(jnp.asarray(values, "float32"), jnp.asarray(lies, "float32"), dim, **static)
     np.testing.assert_array_equal(got, np.tensordot(values, kernel, (-1, -1)))
 
@@ -58,6 +58,10 @@ def test_long_products_are_for_eigen_sooner_where_their_columns_are_uneven() -> 
     assert not _products.is_for_eigen(4096, 512, 832, f32, f32)
     assert not _products.is_for_eigen(200, 256, 832, f32, f32)
     assert not _products.is_for_eigen(256, 64, 832, f32, f32)
+    assert not _products.is_for_eigen(512, 128, 832, f32, f32, turned=True)  # a copy of the kernel, for few rows
+    assert _products.is_for_eigen(1024, 128, 832, f32, f32, turned=True)
+    assert _products.is_for_eigen(1024, 128, 800, f32, f32, turned=True)
+    assert not _products.is_for_eigen(1023, 128, 800, f32, f32, turned=True)
     assert not _products.is_for_eigen(4096, 128, 800, f32, bf16)
     assert not _products.is_for_eigen(4096, 128, 800, f64, f64)
 

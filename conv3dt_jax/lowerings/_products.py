@@ -26,6 +26,9 @@ LEAST, ROWS = 12_000_000, 128
 EVEN_LEAST, EVEN_ROWS, EVEN_CHANNELS = 30_000_000, 256, (64, 256)
 """The same for a multiple of them, and the channels that these are summed over."""
 
+TURNED = 1024
+"""Rows from which on either is worth a turned copy of a kernel whose channels lie last, as YNNPACK reads it."""
+
 FULL, MOST = 32, 64
 """Columns that YNNPACK makes together, and columns up to which it shows that some are not."""
 
@@ -55,7 +58,8 @@ def on_cpu(values: jax.Array, kernel: jax.Array, dim: int, *, precision: Any, ac
     others = kernel.shape[:dim] + kernel.shape[dim + 1 :]
     columns, channels = math.prod(others), kernel.shape[dim]
     rows = math.prod(values.shape[:-1])
-    if is_for_eigen(rows, channels, columns, accumulate, values.dtype, kernel.dtype):
+    turned = dim == kernel.ndim - 1
+    if is_for_eigen(rows, channels, columns, accumulate, values.dtype, kernel.dtype, turned=turned):
         matrix = jnp.moveaxis(kernel, dim, 0).reshape(1, channels, columns)
         # barriers, lest XLA make their transpositions part of the convolution, which is no product then
         flat, matrix = lax.optimization_barrier((values.reshape(1, rows, channels), matrix))
@@ -78,11 +82,13 @@ def on_cpu(values: jax.Array, kernel: jax.Array, dim: int, *, precision: Any, ac
     return found.reshape(*values.shape[:-1], *others)
 
 
-def is_for_eigen(rows: Any, channels: int, columns: int, *dtypes: DTypeLike) -> bool:
-    """Whether Eigen is the quicker one; the number of rows may be symbolic."""
+def is_for_eigen(rows: Any, channels: int, columns: int, *dtypes: DTypeLike, turned: bool = False) -> bool:
+    """Whether Eigen is the quicker one, with a kernel that is turned for it; the number of rows may be symbolic."""
     if not isinstance(rows, int) or any(jnp.dtype(dtype) != jnp.float32 for dtype in dtypes):
         return False
     multiply_adds = rows * channels * columns
+    if turned and rows < TURNED:
+        return False
     if columns % EVEN:
         return rows >= ROWS and multiply_adds >= LEAST
     least, most = EVEN_CHANNELS
