@@ -2,8 +2,7 @@
 
 XLA:CPU multiplies float32 matrices by YNNPACK (jaxlib 0.10.1 to 0.12.0), which makes columns by the dozen and takes the
 last few almost one by one. A convolution with a window of one becomes a product too, but so late that Eigen makes it,
-whose time does not depend on the columns, and in the threads that lay the products out. Short products are for YNNPACK:
-Eigen packs both operands first.
+whose time does not depend on the columns, and varies less. Short products are for YNNPACK: Eigen packs both operands.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def on_cpu(values: jax.Array, kernel: jax.Array, dim: int, *, precision: Any, ac
     turned = dim == kernel.ndim - 1
     if is_for_eigen(rows, channels, columns, accumulate, values.dtype, kernel.dtype, turned=turned):
         matrix = jnp.moveaxis(kernel, dim, 0).reshape(1, channels, columns)
-        # barriers, lest XLA make their transpositions part of the convolution, which is no product then
+        # barriers, lest XLA make transpositions part of the convolution, which in loops is no product then
         flat, matrix = lax.optimization_barrier((values.reshape(1, rows, channels), matrix))
         found = CONV_GENERAL_DILATED(
             flat,
