@@ -57,7 +57,7 @@ def tiled(
       is computed.
 
     Slabs have one shape; the last along an axis begins earlier where it would stick out. The result is that of the
-    whole to rounding, and on a CPU its very bits as a rule where the lowerings "matmul" or "phases" run in both.
+    whole to rounding, and on a CPU its very bits as a rule where the lowering "phases" runs in both.
 
     Args:
       inputs: ``(..., D, H, W, C)``, or ``(..., C, D, H, W)`` with "channels_first". With ``out``, one channel may go
