@@ -59,12 +59,11 @@ def on_cpu(values: jax.Array, kernel: jax.Array, dim: int, *, precision: Any, ac
     rows = math.prod(values.shape[:-1])
     turned = dim == kernel.ndim - 1
     if is_for_eigen(rows, channels, columns, accumulate, values.dtype, kernel.dtype, turned=turned):
-        matrix = jnp.moveaxis(kernel, dim, 0).reshape(1, channels, columns)
-        # barriers, lest XLA make transpositions part of the convolution, which in loops is no product then
-        flat, matrix = lax.optimization_barrier((values.reshape(1, rows, channels), matrix))
         found = CONV_GENERAL_DILATED(
-            flat,
-            matrix,
+            values.reshape(1, rows, channels),
+            jnp.moveaxis(kernel, dim, 0).reshape(
+                1, channels, columns
+            ),  # in loops XLA makes products of this order only
             window_strides=(1,),
             padding="VALID",
             dimension_numbers=("NWC", "WIO", "NWC"),
