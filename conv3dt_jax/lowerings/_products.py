@@ -59,11 +59,10 @@ def on_cpu(values: jax.Array, kernel: jax.Array, dim: int, *, precision: Any, ac
     rows = math.prod(values.shape[:-1])
     turned = dim == kernel.ndim - 1
     if is_for_eigen(rows, channels, columns, accumulate, values.dtype, kernel.dtype, turned=turned):
+        matrix = jnp.moveaxis(kernel, dim, 0).reshape(1, channels, columns)  # XLA makes no product of others in loops
         found = CONV_GENERAL_DILATED(
             values.reshape(1, rows, channels),
-            jnp.moveaxis(kernel, dim, 0).reshape(
-                1, channels, columns
-            ),  # in loops XLA makes products of this order only
+            matrix,
             window_strides=(1,),
             padding="VALID",
             dimension_numbers=("NWC", "WIO", "NWC"),
