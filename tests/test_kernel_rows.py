@@ -167,25 +167,44 @@ def test_a_product_for_each_tap_gives_the_same_products(call, mirrored) -> None:
         got, want = (
             quick_jit(lambda x, w, way=way: way(x, w, **static))(x, w) for way in (_kernel_rows.tap_by_tap, every_tap)
         )
-    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(np.moveaxis(got, (0, 1, 2), (4, 5, 6)), want, rtol=1e-12, atol=1e-12)
 
 
-def taps_call(batch=1, space=(1, 4, 4), channels=1024, filters=512, groups=1, platform="cpu"):
-    described = dataclasses.replace(form((1, 4, 4), (1, 2, 2), channels, filters, space, "same"), groups=groups)
+def taps_call(batch=1, space=(1, 4, 4), kernel=(1, 4, 4), channels=1024, filters=512, groups=1, platform="cpu"):
+    strides = tuple(min(k, 2) for k in kernel)
+    described = dataclasses.replace(form(kernel, strides, channels, filters, space, "same"), groups=groups)
     return Call.of(described, batch, _choice.room_for(platform, described, batch))
 
 
 def test_products_tap_by_tap_are_for_few_cells_and_kernels_with_their_filters_last() -> None:
     last = Origin(mirrored=True, filters_last=True)
     assert _matmul_plans.by_taps(taps_call(), last)
-    assert _matmul_plans.by_taps(taps_call(8), last)
-    assert not _matmul_plans.by_taps(taps_call(9), last)
-    assert not _matmul_plans.by_taps(taps_call(8, filters=128), last)  # more is copied than the kernel holds
-    assert _matmul_plans.by_taps(taps_call(3, channels=64), last)
-    assert not _matmul_plans.by_taps(taps_call(4, channels=64), last)  # the kernel's copy stays in the cache
+    assert _matmul_plans.by_taps(taps_call(21), last)
+    assert not _matmul_plans.by_taps(taps_call(22), last)  # copies for two thirds of the filters
+    assert _matmul_plans.by_taps(taps_call(5, filters=128), last)
+    assert not _matmul_plans.by_taps(taps_call(6, filters=128), last)
     assert not _matmul_plans.by_taps(taps_call(), Origin(mirrored=True))
     assert not _matmul_plans.by_taps(taps_call(groups=2), last)
     assert not _matmul_plans.by_taps(taps_call(platform="cuda"), last)
+
+
+def test_in_a_volume_tap_by_tap_gives_way_to_rows_earlier_but_not_where_nothing_overlaps() -> None:
+    last = Origin(mirrored=True, filters_last=True)
+    volume = functools.partial(taps_call, space=(2, 4, 4), kernel=(4, 4, 4), filters=256)
+    assert _matmul_plans.by_taps(volume(4), last)
+    assert not _matmul_plans.by_taps(volume(5), last)
+    assert _matmul_plans.by_taps(volume(1, channels=16), last)
+    assert not _matmul_plans.by_taps(volume(2, channels=16), last)  # the kernel's copy stays in the cache
+    assert _matmul_plans.by_taps(taps_call(5, space=(2, 4, 4), kernel=(2, 2, 2), filters=256), last)
+
+
+def test_rows_of_a_plane_are_for_those_that_leave_out_products_or_are_wide() -> None:
+    plane = functools.partial(taps_call, 1, (1, 16, 16))
+    assert _matmul_plans.by_rows(plane(filters=128))
+    assert not _matmul_plans.by_rows(plane(filters=127))
+    assert not _matmul_plans.by_rows(plane(filters=128, channels=127))
+    assert not _matmul_plans.by_rows(plane(filters=512, kernel=(1, 3, 3)))
+    assert _matmul_plans.by_rows(taps_call(8, (1, 4, 4), filters=16))  # an eighth left out
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

@@ -75,7 +75,8 @@ def test_one_pass_lays_out_what_axis_after_axis_does(geometry) -> None:
                 want[:, *place] += taps[:, *inputs, *window]
     for phase_by_phase in (False, True):
         lay_out = functools.partial(_laid_out.lay_out, geometry=geometry, phase_by_phase=phase_by_phase)
-        got = quick_jit(lay_out)(taps)
+        np.testing.assert_array_equal(quick_jit(lay_out)(taps), want)
+        got = quick_jit(functools.partial(lay_out, taps_first=True))(np.moveaxis(taps, (4, 5, 6), (0, 1, 2)))
         np.testing.assert_array_equal(got, want)
 
 

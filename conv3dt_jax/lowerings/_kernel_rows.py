@@ -91,14 +91,17 @@ def tap_by_tap(
     accumulate: DTypeLike,
     origin: Origin,
 ) -> jax.Array:
-    """The same as `every_tap` of a kernel ``(kd, kh, kw, C, F)``, which is not transposed: the inputs are copied."""
+    """The same of a kernel ``(kd, kh, kw, C, F)``, which is not transposed: ``(kd, kh, kw, N, D, H, W, F)``.
+
+    The inputs are copied instead.
+    """
     *window, channels, filters = kernel.shape
     copies = jnp.broadcast_to(inputs, (math.prod(window), *inputs.shape))
     matrices = kernel.reshape(-1, channels, filters)
     contract = (((5,), (1,)), ((0,), (0,)))
     taps = lax.dot_general(copies, matrices, contract, precision=precision, preferred_element_type=accumulate)
     taps = jnp.flip(taps, 0) if origin.mirrored else taps
-    return jnp.moveaxis(taps.reshape(*window, *taps.shape[1:]), (0, 1, 2), (4, 5, 6))
+    return taps.reshape(*window, *taps.shape[1:])
 
 
 def _rows(

@@ -24,16 +24,23 @@ FEW_PHASES = 4
 MANY_TAPS = 15
 """Taps from which on the phases are written apart before they are put in order: each value is the sum of several."""
 
+Parts = dict[tuple[int, ...], jax.Array]
+"""Products by the places of their taps, or of their rows of taps, in the kernel."""
 
-def lay_out(taps: jax.Array, geometry: Geometry, *, phase_by_phase: bool) -> jax.Array:
+
+def lay_out(taps: jax.Array, geometry: Geometry, *, phase_by_phase: bool, taps_first: bool = False) -> jax.Array:
     """``(N, D, H, W, kd, kh, kw, F)`` to ``(N, *out, F)``: every product to its place.
 
-    With ``phase_by_phase`` in one pass, where it can be, and the only axis that moves is no row in order.
+    With ``taps_first`` the axes of the taps lie before the others. With ``phase_by_phase`` in one pass, where it can
+    be, and the only axis that moves is no row in order.
     """
     moving = [axis for axis in geometry if axis.k * axis.s > 1]
     is_row = len(moving) == 1 and _is_in_order(moving[0])
     if phase_by_phase and in_one_pass(geometry) and not is_row:
-        return _phase_by_phase(taps, geometry)
+        rows = _in_rows(geometry) and not taps_first
+        return _phase_by_phase(_apart(taps) if taps_first else _columns(taps, rows=rows), geometry, rows=rows)
+    if taps_first:
+        taps = jnp.moveaxis(taps, (0, 1, 2), (4, 5, 6))
     taps = taps.transpose(0, 1, 4, 2, 5, 3, 6, 7)  # each axis beside its taps
     for dim, axis in zip((5, 3, 1), geometry[::-1], strict=True):
         taps = overlap_add(taps, dim, axis)
@@ -48,28 +55,40 @@ def in_one_pass(geometry: Geometry) -> bool:
     return any(axis.overlaps for axis in geometry) and pieces <= FEW_TAPS
 
 
-def _phase_by_phase(taps: jax.Array, geometry: Geometry) -> jax.Array:
-    """One pass over the products: each output of a cell is the sum of the taps, or rows of taps, that fall on it.
-
-    All are split off: the transpose of a split is one concatenation, where that of a slice is a pad to the full size.
-    """
-    *space, filters = taps.shape[:4] + taps.shape[7:]
-    axes = geometry[: 2 if _in_rows(geometry) else 3]
-    places = list(itertools.product(*(range(axis.k) for axis in axes)))
-    each = filters * math.prod(axis.k for axis in geometry[len(axes) :])
-    columns = taps.reshape(*space, len(places) * each)  # as they were multiplied: XLA sees through two reshapes
-    parts = dict(zip(places, lax.split(columns, (each,) * len(places), 4), strict=True))
+def _phase_by_phase(parts: Parts, geometry: Geometry, *, rows: bool) -> jax.Array:
+    """One pass over the products: each output of a cell is the sum of the taps, or rows of taps, that fall on it."""
+    axes = geometry[: 2 if rows else 3]
     terms = {}
     for place, part in parts.items():
         padding = [(0, 0, 0)]
         for tap, axis in zip(place, axes, strict=True):
             cell = (tap * axis.d - axis.lo) // axis.s
             padding.append((cell, cells(axis) - axis.n - cell, 0))
-        if len(axes) == 2:
-            part = overlap_add(part.reshape(*space, geometry[2].k, filters), 3, geometry[2])
+        if rows:
+            part = overlap_add(part.reshape(*part.shape[:4], geometry[2].k, -1), 3, geometry[2])
             padding.append((0, 0, 0))
-        terms[place] = lax.pad(part, jnp.zeros((), taps.dtype), [*padding, (0, 0, 0)])
+        terms[place] = lax.pad(part, jnp.zeros((), part.dtype), [*padding, (0, 0, 0)])
     return interleaved(summed(terms, axes), axes)
+
+
+def _columns(taps: jax.Array, *, rows: bool) -> Parts:
+    """Products by their taps, or rows of taps, ``(N, D, H, W, F)`` or ``(N, D, H, W, kw F)`` each.
+
+    All are split off: the transpose of a split is one concatenation, where that of a slice is a pad to the full size.
+    """
+    *space, kd, kh, kw, filters = taps.shape
+    places = list(itertools.product(*map(range, (kd, kh) if rows else (kd, kh, kw))))
+    each = kw * filters if rows else filters
+    columns = taps.reshape(*space, len(places) * each)  # as they were multiplied: XLA sees through two reshapes
+    return dict(zip(places, lax.split(columns, (each,) * len(places), 4), strict=True))
+
+
+def _apart(taps: jax.Array) -> Parts:
+    """The same of ``(kd, kh, kw, N, D, H, W, F)``, by their taps."""
+    window, rest = taps.shape[:3], taps.shape[3:]
+    places = list(itertools.product(*map(range, window)))
+    parts = lax.split(taps.reshape(-1, *rest), (1,) * len(places), 0)
+    return {place: part.squeeze(0) for place, part in zip(places, parts, strict=True)}
 
 
 def _in_rows(geometry: Geometry) -> bool:

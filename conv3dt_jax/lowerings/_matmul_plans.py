@@ -25,11 +25,18 @@ either; and the bytes of products up to which that is so: what the heap keeps, s
 
 LEAST_COLUMNS, FEW_CELLS, MOST_ROWS, MOST_KEPT = 32, 64, _tiles.FEW_SLICES, 0.92
 """Of a product for a row of the kernel: narrower ones are slow; up to so many cells it is no more than a copy of the
-kernel's row; and each is compiled. In a plane, rows must leave out some products, and keep this share at most."""
+kernel's row; and each is compiled. In a plane, rows must leave out some products, and keep this share at most; or"""
 
-MOST_COPIES, MOST_CELLS, SHORT = 2, 128, 48
-"""Of a product for each tap: the kernel has so many values for one that is copied of the inputs, and longer products
-are slower than a transposed copy of the kernel and one product; and than a copy that stays in the cache, these."""
+WIDE, WIDE_TAPS, WIDE_CHANNELS = 512, 4, 128
+"""have so many columns, taps and channels that what one of them reads and gives is in the cache, where all are not."""
+
+COPIES = 2 / 3
+"""Of a product for each tap, in a plane or a line: inputs for a filter, up to which their copies cost less than a
+transposed copy of the kernel."""
+
+VOLUME_COPIES, MOST_CELLS, SHORT = 1 / 2, 128, 48
+"""The same in a volume, whose rows are quicker than longer products of taps; and, than a copy of a kernel that stays in
+the cache, than these."""
 
 LONG_ROWS, FEW_ROWS = 128, 4
 """Values of a cell's row, and rows of a cell, where blocks write the rows of their products as they are."""
@@ -82,17 +89,23 @@ def by_rows(call: Call) -> bool:
     few = max(depth.k * height.k, depth.s * height.s) <= MOST_ROWS
     if not (adds and wide and few and inputs_of(call) > FEW_CELLS):
         return False
+    if not _is_plane(call.geometry):
+        return True
     products = math.prod(axis.n * axis.k for axis in call.geometry)
-    return not _is_plane(call.geometry) or _kernel_rows.kept(call.geometry) <= MOST_KEPT * products
+    in_cache = width.k >= WIDE_TAPS and width.k * call.filters >= WIDE and call.channels >= WIDE_CHANNELS
+    return in_cache or _kernel_rows.kept(call.geometry) <= MOST_KEPT * products
 
 
 def by_taps(call: Call, origin: Origin) -> bool:
     """Whether there is a product for each tap, where there are no blocks; on a CPU."""
     if not _on_cpu(call) or call.groups > 1 or not all(isinstance(axis.out, int) for axis in call.geometry):
         return False
-    kernel = math.prod(axis.k for axis in call.geometry) * call.channels * call.filters * call.itemsize
-    most = MOST_CELLS if kernel > _tiles.LARGEST else SHORT
-    return origin.filters_last and inputs_of(call) <= min(call.filters / MOST_COPIES, most)
+    if _is_plane(call.geometry):
+        most = COPIES * call.filters
+    else:
+        kernel = math.prod(axis.k for axis in call.geometry) * call.channels * call.filters * call.itemsize
+        most = min(VOLUME_COPIES * call.filters, MOST_CELLS if kernel > _tiles.LARGEST else SHORT)
+    return origin.filters_last and inputs_of(call) <= most
 
 
 def by_samples(call: Call) -> bool:
