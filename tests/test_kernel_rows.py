@@ -198,13 +198,14 @@ def test_in_a_volume_tap_by_tap_gives_way_to_rows_earlier_but_not_where_nothing_
     assert _matmul_plans.by_taps(taps_call(5, space=(2, 4, 4), kernel=(2, 2, 2), filters=256), last)
 
 
-def test_rows_of_a_plane_are_for_those_that_leave_out_products_or_are_wide() -> None:
+def test_rows_of_a_plane_are_for_wide_ones_that_leave_out_products() -> None:
     plane = functools.partial(taps_call, 1, (1, 16, 16))
     assert _matmul_plans.by_rows(plane(filters=128))
     assert not _matmul_plans.by_rows(plane(filters=127))
     assert not _matmul_plans.by_rows(plane(filters=128, channels=127))
     assert not _matmul_plans.by_rows(plane(filters=512, kernel=(1, 3, 3)))
-    assert _matmul_plans.by_rows(taps_call(8, (1, 4, 4), filters=16))  # an eighth left out
+    everything = form((1, 4, 4), (1, 2, 2), 1024, 128, (1, 16, 16), "valid")
+    assert not _matmul_plans.by_rows(Call.of(everything, 1, _choice.room_for("cpu", everything, 1)))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

@@ -23,12 +23,12 @@ REPEATED, KEPT = 2.0, 32 << 20
 """Products that blocks make for each that is needed, since they share their rims, beyond which there are no blocks
 either; and the bytes of products up to which that is so: what the heap keeps, so that no page is new at a call."""
 
-LEAST_COLUMNS, FEW_CELLS, MOST_ROWS, MOST_KEPT = 32, 64, _tiles.FEW_SLICES, 0.92
+LEAST_COLUMNS, FEW_CELLS, MOST_ROWS = 32, 64, _tiles.FEW_SLICES
 """Of a product for a row of the kernel: narrower ones are slow; up to so many cells it is no more than a copy of the
-kernel's row; and each is compiled. In a plane, rows must leave out some products, and keep this share at most; or"""
+kernel's row; and each is compiled."""
 
 WIDE, WIDE_TAPS, WIDE_CHANNELS = 512, 4, 128
-"""have so many columns, taps and channels that what one of them reads and gives is in the cache, where all are not."""
+"""Columns, taps and channels from which on rows of a plane stay in the cache with what they read, where all do not."""
 
 COPIES = 2 / 3
 """Of a product for each tap, in a plane or a line: inputs for a filter, up to which their copies cost less than a
@@ -91,9 +91,8 @@ def by_rows(call: Call) -> bool:
         return False
     if not _is_plane(call.geometry):
         return True
-    products = math.prod(axis.n * axis.k for axis in call.geometry)
     in_cache = width.k >= WIDE_TAPS and width.k * call.filters >= WIDE and call.channels >= WIDE_CHANNELS
-    return in_cache or _kernel_rows.kept(call.geometry) <= MOST_KEPT * products
+    return in_cache and _kernel_rows.kept(call.geometry) < math.prod(axis.n * axis.k for axis in call.geometry)
 
 
 def by_taps(call: Call, origin: Origin) -> bool:
