@@ -179,10 +179,10 @@ def taps_call(batch=1, space=(1, 4, 4), kernel=(1, 4, 4), channels=1024, filters
 def test_products_tap_by_tap_are_for_few_cells_and_kernels_with_their_filters_last() -> None:
     last = Origin(mirrored=True, filters_last=True)
     assert _matmul_plans.by_taps(taps_call(), last)
-    assert _matmul_plans.by_taps(taps_call(21), last)
-    assert not _matmul_plans.by_taps(taps_call(22), last)  # copies for two thirds of the filters
-    assert _matmul_plans.by_taps(taps_call(5, filters=128), last)
-    assert not _matmul_plans.by_taps(taps_call(6, filters=128), last)
+    assert _matmul_plans.by_taps(taps_call(25), last)
+    assert not _matmul_plans.by_taps(taps_call(26), last)  # more inputs than four fifths of the filters
+    assert _matmul_plans.by_taps(taps_call(6, filters=128), last)
+    assert not _matmul_plans.by_taps(taps_call(7, filters=128), last)
     assert not _matmul_plans.by_taps(taps_call(), Origin(mirrored=True))
     assert not _matmul_plans.by_taps(taps_call(groups=2), last)
     assert not _matmul_plans.by_taps(taps_call(platform="cuda"), last)
@@ -257,11 +257,28 @@ def test_blocks_that_write_rows_give_the_defined_result(
 
 def test_a_plane_in_blocks_holds_a_block() -> None:
     """Neither the products of the whole plane nor a copy of the inputs, which a loop would have laid out anew."""
-    x, w = jax.ShapeDtypeStruct((4, 64, 64, 128), "float32"), jax.ShapeDtypeStruct((2, 2, 128, 64), "float32")
+    x, w = jax.ShapeDtypeStruct((8, 64, 64, 128), "float32"), jax.ShapeDtypeStruct((2, 2, 128, 64), "float32")
     run = lambda x, w: c3t.lax.conv_transpose(x, w, (2, 2), "SAME")
     compiled = jax.jit(run).lower(x, w).compile()
     assert "while" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 64 * 64 * 128 * 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "space", "kernel", "channels", "filters", "in_blocks"),
+    [
+        (2, (1, 64, 64), (1, 2, 2), 64, 96, False),
+        (4, (1, 64, 64), (1, 4, 4), 64, 32, True),
+        (64, (1, 4, 4), (1, 4, 4), 1024, 512, False),  # the kernel is as large, and blocks would read it again
+        (64, (1, 4, 4), (1, 4, 4), 1023, 512, True),
+        (1, (1, 1, 1000), (1, 1, 16), 1024, 512, False),
+        (4, (16, 16, 16), (2, 2, 2), 64, 64, True),  # a volume
+    ],
+)
+def test_planes_and_lines_are_in_blocks_where_the_heap_keeps_no_products(
+    batch, space, kernel, channels, filters, in_blocks
+) -> None:
+    assert _matmul_plans.in_blocks(taps_call(batch, space, kernel, channels, filters)) == in_blocks
 
 
 def test_products_of_few_taps_are_laid_out_in_one_pass() -> None:

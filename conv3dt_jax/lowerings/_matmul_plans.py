@@ -15,9 +15,10 @@ from conv3dt_jax.lowerings._work import Call, Work
 MANY_TERMS, UNSTRIDED = 12, 4
 """Products in an output from which on each costs more to lay out; without strides a fourth of them count."""
 
-WHOLE, WHOLE_ROWS = 20 << 20, 8 << 20
+WHOLE, WHOLE_ROWS = 30 << 20, 8 << 20
 """Bytes of products up to which there are no blocks where there is little to lay out, since a block copies its inputs
-first, and in planes; and where blocks write the rows of their products as they are."""
+first and reads the kernel again, and in planes: with what else there is, the heap keeps them. And where blocks of a
+volume write the rows of their products as they are."""
 
 REPEATED, KEPT = 2.0, 32 << 20
 """Products that blocks make for each that is needed, since they share their rims, beyond which there are no blocks
@@ -30,8 +31,8 @@ kernel's row; and each is compiled."""
 WIDE, WIDE_TAPS, WIDE_CHANNELS = 512, 4, 128
 """Columns, taps and channels from which on rows of a plane stay in the cache with what they read, where all do not."""
 
-COPIES = 2 / 3
-"""Of a product for each tap, in a plane or a line: inputs for a filter, up to which their copies cost less than a
+COPIES = 4 / 5
+"""Of a product for each tap, in a plane or a line: inputs for each filter up to which their copies cost less than a
 transposed copy of the kernel."""
 
 VOLUME_COPIES, MOST_CELLS, SHORT = 1 / 2, 128, 48
@@ -63,11 +64,12 @@ def in_blocks(call: Call) -> bool:
     if is_elementwise(call):
         return False
     products = math.prod(axis.k for axis in call.geometry) * call.filters
-    bytes_held = held(call)
+    bytes_held, whole = held(call), max(WHOLE, kernel_bytes(call) if _is_lifted(call.geometry) else 0)
     if products < call.channels or sum(axis.overlaps for axis in call.geometry) <= 1:  # little to lay out
-        return bytes_held > max(call.tile_bytes, WHOLE_ROWS if rows_apart(call) else WHOLE)
+        in_rows = rows_apart(call) and not _is_lifted(call.geometry)
+        return bytes_held > max(call.tile_bytes, WHOLE_ROWS if in_rows else whole)
     if _is_plane(call.geometry) and in_one_pass(call.geometry):
-        most = WHOLE
+        most = whole
     elif by_rows(call) or inputs_of(call) <= FEW_CELLS:
         most = max(OPERANDS * call.tile_bytes, _tiles.LARGEST)
     else:
@@ -102,8 +104,7 @@ def by_taps(call: Call, origin: Origin) -> bool:
     if _is_plane(call.geometry):
         most = COPIES * call.filters
     else:
-        kernel = math.prod(axis.k for axis in call.geometry) * call.channels * call.filters * call.itemsize
-        most = min(VOLUME_COPIES * call.filters, MOST_CELLS if kernel > _tiles.LARGEST else SHORT)
+        most = min(VOLUME_COPIES * call.filters, MOST_CELLS if kernel_bytes(call) > _tiles.LARGEST else SHORT)
     return origin.filters_last and inputs_of(call) <= most
 
 
@@ -135,6 +136,16 @@ def inputs_of(call: Call) -> int:
 def held(call: Call) -> int:
     """Bytes of all products."""
     return inputs_of(call) * math.prod(axis.k for axis in call.geometry) * call.filters * call.itemsize
+
+
+def kernel_bytes(call: Call) -> int:
+    """Of the kernel, in the dtype of the products."""
+    return math.prod(axis.k for axis in call.geometry) * call.channels // call.groups * call.filters * call.itemsize
+
+
+def _is_lifted(geometry: Geometry) -> bool:
+    """Whether it is a plane or a line, with an axis that does nothing."""
+    return any(axis.n == axis.k == axis.out == 1 for axis in geometry)
 
 
 def _is_plane(geometry: Geometry) -> bool:
