@@ -54,7 +54,7 @@ CALLS = {
     "DCGAN, third layer of 8 samples, 2-D, k4 s2": Call((8, 16, 16, 128), (4, 4, 128, 64), (2, 2)),
     "DCGAN, first layer of one sample, 2-D, k4 s2": Call((1, 4, 4, 512), (4, 4, 512, 256), (2, 2)),
     "the same, 1024 channels": Call((1, 4, 4, 1024), (4, 4, 1024, 512), (2, 2)),
-    "DCGAN, first layer of 1024 channels, 2-D, k5 s2": Call((64, 4, 4, 1024), (5, 5, 1024, 512), (2, 2)),
+    "DCGAN, first layer of 1024 channels, 2-D, k4 s2": Call((64, 4, 4, 1024), (4, 4, 1024, 512), (2, 2)),
     "DCGAN, second layer, 2-D, k5 s2": Call((32, 8, 8, 256), (5, 5, 256, 128), (2, 2)),
     "U-Net, 2-D, k2 s2": Call((4, 64, 64, 128), (2, 2, 128, 64), (2, 2)),
     "U-Net, bottleneck, 2-D, k2 s2": Call((4, 32, 32, 256), (2, 2, 256, 128), (2, 2)),

@@ -273,6 +273,8 @@ def test_a_plane_in_blocks_holds_a_block() -> None:
         (64, (1, 4, 4), (1, 4, 4), 1023, 512, True),
         (1, (1, 1, 1000), (1, 1, 16), 1024, 512, False),
         (4, (16, 16, 16), (2, 2, 2), 64, 64, True),  # a volume
+        (8, (1, 32, 32), (1, 5, 5), 64, 32, True),  # six products in an output, of few channels
+        (8, (1, 32, 32), (1, 5, 5), 128, 32, False),
     ],
 )
 def test_planes_and_lines_are_in_blocks_where_the_heap_keeps_no_products(

@@ -20,6 +20,10 @@ WHOLE, WHOLE_ROWS = 30 << 20, 8 << 20
 first and reads the kernel again, and in planes: with what else there is, the heap keeps them. And where blocks of a
 volume write the rows of their products as they are."""
 
+FEW_TERMS, MANY_CHANNELS, ADDED = 4, 128, 20 << 20
+"""Products in an output of a plane, and channels: with more of those and fewer of these the sums are what counts, and
+blocks, in which they stay in the cache, are quicker from so many bytes on."""
+
 REPEATED, KEPT = 2.0, 32 << 20
 """Products that blocks make for each that is needed, since they share their rims, beyond which there are no blocks
 either; and the bytes of products up to which that is so: what the heap keeps, so that no page is new at a call."""
@@ -69,7 +73,8 @@ def in_blocks(call: Call) -> bool:
         in_rows = rows_apart(call) and not _is_lifted(call.geometry)
         return bytes_held > max(call.tile_bytes, WHOLE_ROWS if in_rows else whole)
     if _is_plane(call.geometry) and in_one_pass(call.geometry):
-        most = whole
+        terms = math.prod(axis.k / min(axis.s, axis.k) for axis in call.geometry)
+        most = ADDED if terms > FEW_TERMS and call.channels < MANY_CHANNELS else whole
     elif by_rows(call) or inputs_of(call) <= FEW_CELLS:
         most = max(OPERANDS * call.tile_bytes, _tiles.LARGEST)
     else:
