@@ -65,7 +65,9 @@ def _phase_by_phase(parts: Parts, geometry: Geometry, *, rows: bool) -> jax.Arra
             cell = (tap * axis.d - axis.lo) // axis.s
             padding.append((cell, cells(axis) - axis.n - cell, 0))
         if rows:
-            part = overlap_add(part.reshape(*part.shape[:4], geometry[2].k, -1), 3, geometry[2])
+            *space, columns = part.shape
+            k = geometry[2].k
+            part = overlap_add(part.reshape(*space, k, columns // k), 3, geometry[2])
             padding.append((0, 0, 0))
         terms[place] = lax.pad(part, jnp.zeros((), part.dtype), [*padding, (0, 0, 0)])
     return interleaved(summed(terms, axes), axes)
@@ -87,7 +89,7 @@ def _apart(taps: jax.Array) -> Parts:
     """The same of ``(kd, kh, kw, N, D, H, W, F)``, by their taps."""
     window, rest = taps.shape[:3], taps.shape[3:]
     places = list(itertools.product(*map(range, window)))
-    parts = lax.split(taps.reshape(-1, *rest), (1,) * len(places), 0)
+    parts = lax.split(taps.reshape(len(places), *rest), (1,) * len(places), 0)
     return {place: part.squeeze(0) for place, part in zip(places, parts, strict=True)}
 
 

@@ -15,14 +15,13 @@ from conv3dt_jax.lowerings._work import Call, Work
 MANY_TERMS, UNSTRIDED = 12, 4
 """Products in an output from which on each costs more to lay out; without strides a fourth of them count."""
 
-WHOLE, WHOLE_ROWS = 30 << 20, 8 << 20
+WHOLE, WHOLE_ROWS = 20 << 20, 8 << 20
 """Bytes of products up to which there are no blocks where there is little to lay out, since a block copies its inputs
-first and reads the kernel again, and in planes: with what else there is, the heap keeps them. And where blocks of a
-volume write the rows of their products as they are."""
+first; and where blocks write the rows of their products as they are."""
 
-FEW_TERMS, MANY_CHANNELS, ADDED = 4, 128, 20 << 20
-"""Products in an output of a plane, and channels: with more of those and fewer of these the sums are what counts, and
-blocks, in which they stay in the cache, are quicker from so many bytes on."""
+WHOLE_PLANE, FEW_TERMS, MANY_CHANNELS = 30 << 20, 4, 128
+"""The same of planes and lines on a CPU, where blocks read the kernel again, and the heap keeps so much; or as much as
+the kernel holds. Not with more products in an output than these, of fewer channels: blocks keep sums in the cache."""
 
 REPEATED, KEPT = 2.0, 32 << 20
 """Products that blocks make for each that is needed, since they share their rims, beyond which there are no blocks
@@ -68,13 +67,13 @@ def in_blocks(call: Call) -> bool:
     if is_elementwise(call):
         return False
     products = math.prod(axis.k for axis in call.geometry) * call.filters
-    bytes_held, whole = held(call), max(WHOLE, kernel_bytes(call) if _is_lifted(call.geometry) else 0)
+    bytes_held, lifted = held(call), _on_cpu(call) and _is_lifted(call.geometry)
+    whole = max(WHOLE_PLANE, kernel_bytes(call)) if lifted else WHOLE
     if products < call.channels or sum(axis.overlaps for axis in call.geometry) <= 1:  # little to lay out
-        in_rows = rows_apart(call) and not _is_lifted(call.geometry)
-        return bytes_held > max(call.tile_bytes, WHOLE_ROWS if in_rows else whole)
+        return bytes_held > max(call.tile_bytes, WHOLE_ROWS if rows_apart(call) and not lifted else whole)
     if _is_plane(call.geometry) and in_one_pass(call.geometry):
         terms = math.prod(axis.k / min(axis.s, axis.k) for axis in call.geometry)
-        most = ADDED if terms > FEW_TERMS and call.channels < MANY_CHANNELS else whole
+        most = WHOLE if terms > FEW_TERMS and call.channels < MANY_CHANNELS else whole
     elif by_rows(call) or inputs_of(call) <= FEW_CELLS:
         most = max(OPERANDS * call.tile_bytes, _tiles.LARGEST)
     else:
