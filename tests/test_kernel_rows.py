@@ -170,44 +170,6 @@ def test_a_product_for_each_tap_gives_the_same_products(call, mirrored) -> None:
     np.testing.assert_allclose(np.moveaxis(got, (0, 1, 2), (4, 5, 6)), want, rtol=1e-12, atol=1e-12)
 
 
-def taps_call(batch=1, space=(1, 4, 4), kernel=(1, 4, 4), channels=1024, filters=512, groups=1, platform="cpu"):
-    strides = tuple(min(k, 2) for k in kernel)
-    described = dataclasses.replace(form(kernel, strides, channels, filters, space, "same"), groups=groups)
-    return Call.of(described, batch, _choice.room_for(platform, described, batch))
-
-
-def test_products_tap_by_tap_are_for_few_cells_and_kernels_with_their_filters_last() -> None:
-    last = Origin(mirrored=True, filters_last=True)
-    assert _matmul_plans.by_taps(taps_call(), last)
-    assert _matmul_plans.by_taps(taps_call(25), last)
-    assert not _matmul_plans.by_taps(taps_call(26), last)  # more inputs than four fifths of the filters
-    assert _matmul_plans.by_taps(taps_call(6, filters=128), last)
-    assert not _matmul_plans.by_taps(taps_call(7, filters=128), last)
-    assert not _matmul_plans.by_taps(taps_call(), Origin(mirrored=True))
-    assert not _matmul_plans.by_taps(taps_call(groups=2), last)
-    assert not _matmul_plans.by_taps(taps_call(platform="cuda"), last)
-
-
-def test_in_a_volume_tap_by_tap_gives_way_to_rows_earlier_but_not_where_nothing_overlaps() -> None:
-    last = Origin(mirrored=True, filters_last=True)
-    volume = functools.partial(taps_call, space=(2, 4, 4), kernel=(4, 4, 4), filters=256)
-    assert _matmul_plans.by_taps(volume(4), last)
-    assert not _matmul_plans.by_taps(volume(5), last)
-    assert _matmul_plans.by_taps(volume(1, channels=16), last)
-    assert not _matmul_plans.by_taps(volume(2, channels=16), last)  # the kernel's copy stays in the cache
-    assert _matmul_plans.by_taps(taps_call(5, space=(2, 4, 4), kernel=(2, 2, 2), filters=256), last)
-
-
-def test_rows_of_a_plane_are_for_wide_ones_that_leave_out_products() -> None:
-    plane = functools.partial(taps_call, 1, (1, 16, 16))
-    assert _matmul_plans.by_rows(plane(filters=128))
-    assert not _matmul_plans.by_rows(plane(filters=127))
-    assert not _matmul_plans.by_rows(plane(filters=128, channels=127))
-    assert not _matmul_plans.by_rows(plane(filters=512, kernel=(1, 3, 3)))
-    everything = form((1, 4, 4), (1, 2, 2), 1024, 128, (1, 16, 16), "valid")
-    assert not _matmul_plans.by_rows(Call.of(everything, 1, _choice.room_for("cpu", everything, 1)))
-
-
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2), (4, 2), (4, 3)])
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -290,25 +252,6 @@ def test_a_plane_in_blocks_holds_a_block() -> None:
     compiled = jax.jit(run).lower(x, w).compile()
     assert "while" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 64 * 64 * 128 * 4
-
-
-@pytest.mark.parametrize(
-    ("batch", "space", "kernel", "channels", "filters", "in_blocks"),
-    [
-        (2, (1, 64, 64), (1, 2, 2), 64, 96, False),
-        (4, (1, 64, 64), (1, 4, 4), 64, 32, True),
-        (64, (1, 4, 4), (1, 4, 4), 1024, 512, False),  # the kernel is as large, and blocks would read it again
-        (64, (1, 4, 4), (1, 4, 4), 1023, 512, True),
-        (1, (1, 1, 1000), (1, 1, 16), 1024, 512, False),
-        (2, (16, 16, 16), (2, 2, 2), 64, 64, True),  # a volume
-        (8, (1, 32, 32), (1, 5, 5), 64, 32, True),  # six products in an output, of few channels
-        (8, (1, 32, 32), (1, 5, 5), 128, 32, False),
-    ],
-)
-def test_planes_and_lines_are_in_blocks_where_the_heap_keeps_no_products(
-    batch, space, kernel, channels, filters, in_blocks
-) -> None:
-    assert _matmul_plans.in_blocks(taps_call(batch, space, kernel, channels, filters)) == in_blocks
 
 
 def test_products_of_few_taps_are_laid_out_in_one_pass() -> None:

@@ -35,12 +35,12 @@ WIDE, WIDE_TAPS, WIDE_CHANNELS = 512, 4, 128
 """Columns, taps and channels from which on rows of a plane stay in the cache with what they read, where all do not."""
 
 COPIES = 4 / 5
-"""Of a product for each tap, in a plane or a line: inputs for each filter up to which their copies cost less than a
-transposed copy of the kernel."""
+"""Of a product for each tap, where they are added along two axes at most: inputs for each filter up to which their
+copies cost less than a transposed copy of the kernel."""
 
 VOLUME_COPIES, MOST_CELLS, SHORT = 1 / 2, 128, 48
-"""The same in a volume, whose rows are quicker than longer products of taps; and, than a copy of a kernel that stays in
-the cache, than these."""
+"""The same where they are added along three, and rows are quicker than longer products of taps; and, than a copy of a
+kernel that stays in the cache, than these."""
 
 LONG_ROWS, FEW_ROWS = 128, 4
 """Values of a cell's row, and rows of a cell, where blocks write the rows of their products as they are."""
@@ -68,7 +68,7 @@ def in_blocks(call: Call) -> bool:
         return False
     products = math.prod(axis.k for axis in call.geometry) * call.filters
     bytes_held, lifted = held(call), _on_cpu(call) and _is_lifted(call.geometry)
-    whole = max(WHOLE_PLANE, kernel_bytes(call)) if lifted else WHOLE
+    whole = max(WHOLE_PLANE, kernel_values(call) * call.itemsize) if lifted else WHOLE
     if products < call.channels or sum(axis.overlaps for axis in call.geometry) <= 1:  # little to lay out
         return bytes_held > max(call.tile_bytes, WHOLE_ROWS if rows_apart(call) and not lifted else whole)
     if _is_plane(call.geometry) and in_one_pass(call.geometry):
@@ -108,7 +108,8 @@ def by_taps(call: Call, origin: Origin) -> bool:
     if _is_plane(call.geometry):
         most = COPIES * call.filters
     else:
-        most = min(VOLUME_COPIES * call.filters, MOST_CELLS if kernel_bytes(call) > _tiles.LARGEST else SHORT)
+        large = kernel_values(call) * call.itemsize > _tiles.LARGEST
+        most = min(VOLUME_COPIES * call.filters, MOST_CELLS if large else SHORT)
     return origin.filters_last and inputs_of(call) <= most
 
 
@@ -142,9 +143,9 @@ def held(call: Call) -> int:
     return inputs_of(call) * math.prod(axis.k for axis in call.geometry) * call.filters * call.itemsize
 
 
-def kernel_bytes(call: Call) -> int:
-    """Of the kernel, in the dtype of the products."""
-    return math.prod(axis.k for axis in call.geometry) * call.channels // call.groups * call.filters * call.itemsize
+def kernel_values(call: Call) -> int:
+    """Of the whole kernel."""
+    return math.prod(axis.k for axis in call.geometry) * call.filters * call.channels // call.groups
 
 
 def _is_lifted(geometry: Geometry) -> bool:
@@ -192,7 +193,7 @@ def work(call: Call, *, gradients: int) -> Work:
     """
     products = inputs_of(call) * math.prod(axis.k for axis in call.geometry) * call.filters
     bytes_held = held(call)
-    kernel = math.prod(axis.k for axis in call.geometry) * call.filters * call.channels // call.groups
+    kernel = kernel_values(call)
     multiply_adds = products * call.channels // call.groups
     laid_out = products * _laid_out(call.geometry)
     if is_elementwise(call) and not gradients:

@@ -85,10 +85,9 @@ def outputs(
     if _matmul_plans.by_taps(call, origin):
         taps = _kernel_rows.tap_by_tap(inputs, kernel, **static)
         return _tiles.plus(lay_out(taps, geometry, phase_by_phase=on_cpu, taps_first=True), bias)
-    elif _matmul_plans.by_rows(call):
+    if _matmul_plans.by_rows(call):
         return _tiles.plus(_kernel_rows.outputs(inputs, kernel, geometry, product, **static), bias)
-    else:
-        taps = _kernel_rows.every_tap(inputs, kernel, product, **static)
+    taps = _kernel_rows.every_tap(inputs, kernel, product, **static)
     return _tiles.plus(lay_out(taps, geometry, phase_by_phase=on_cpu), bias)
 
 
