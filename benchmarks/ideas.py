@@ -82,7 +82,9 @@ IDEAS = [
     Idea("width not aligned", [(phases, "aligned", lambda axis: (axis, 0))], "phases", FORWARD),
     Idea("products whole, never by block", [(_matmul_plans, "in_blocks", lambda call: False)], "matmul", FORWARD),
     Idea("a large kernel at once, not row by row", [(_matmul_plans, "by_rows", lambda call: False)], "matmul", FORWARD),
-    Idea("products laid out axis by axis", [(_laid_out, "FEW_TAPS", 0)], "matmul", FORWARD),
+    Idea(
+        "products laid out axis by axis", [(_laid_out, "FEW_TAPS", 0), (_laid_out, "PLANE_TAPS", 0)], "matmul", FORWARD
+    ),
     Idea("taps of a row one by one", [(_laid_out, "_is_in_order", lambda axis: False)], "matmul", FORWARD),
     Idea("columns of narrow products as they are", [(_products, "MORE", 0)], "matmul", FORWARD),
     Idea(

@@ -63,7 +63,33 @@ def geometries(draw):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(geometry=geometries())
 def test_one_pass_lays_out_what_axis_after_axis_does(geometry) -> None:
-    """Whole numbers, so that each sum is exact; both against a sum over places."""
+    check_laid_out(geometry)
+
+
+@pytest.mark.parametrize(
+    ("k", "s", "lo", "cut", "is_one"),
+    [
+        (7, 2, 2, 5, True), (7, 3, 3, 3, True), (12, 5, 1, 4, True), (12, 4, 4, 8, True), (13, 4, 4, 8, False),
+    ],
+)  # fmt: skip
+def test_planes_of_many_taps_are_laid_out_in_one_pass(k, s, lo, cut, is_one) -> None:
+    axis = Axis(3, k, s, 1, lo, 2 * s + k - cut)
+    geometry = (Axis(1, 1, 1, 1, 0, 1), axis, axis)
+    assert _laid_out.in_one_pass(geometry) == is_one
+    check_laid_out(geometry)
+
+
+def test_lines_are_laid_out_along_their_axis_and_volumes_of_many_taps_too() -> None:
+    still, axis = Axis(1, 1, 1, 1, 0, 1), Axis(3, 4, 2, 1, 1, 6)
+    assert not _laid_out.in_one_pass((still, still, axis))
+    assert not _laid_out.in_one_pass((axis, axis, axis))
+    assert _laid_out.in_one_pass((Axis(3, 3, 2, 1, 1, 6),) * 3)
+    for geometry in ((still, still, axis), (axis, axis, axis)):
+        check_laid_out(geometry)
+
+
+def check_laid_out(geometry) -> None:
+    """Whole numbers, so that each sum is exact; both ways against a sum over places."""
     rng = np.random.default_rng(2)
     shape = (2, *(axis.n for axis in geometry), *(axis.k for axis in geometry), 2)
     taps = rng.integers(-9, 10, shape).astype(np.float32)

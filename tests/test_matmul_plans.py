@@ -30,6 +30,17 @@ def test_products_tap_by_tap_are_for_few_cells_and_kernels_with_their_filters_la
     assert not _matmul_plans.by_taps(taps_call(platform="cuda"), last)
 
 
+def test_products_tap_by_tap_are_not_for_one_thread_where_they_are_long() -> None:
+    """Rows times channels times filters of each: too many for one thread, and too few for two."""
+    last = Origin(mirrored=True, filters_last=True)
+    plane = functools.partial(taps_call, 1, (1, 8, 8), channels=128)
+    assert _matmul_plans.by_taps(plane(filters=183), last)
+    assert not _matmul_plans.by_taps(plane(filters=184), last)
+    assert not _matmul_plans.by_taps(plane(filters=732), last)
+    assert _matmul_plans.by_taps(plane(filters=733), last)
+    assert _matmul_plans.by_taps(taps_call(1, (1, 7, 9), channels=128, filters=256), last)  # 63 rows
+
+
 def test_in_a_volume_tap_by_tap_gives_way_to_rows_earlier_but_not_where_nothing_overlaps() -> None:
     last = Origin(mirrored=True, filters_last=True)
     volume = functools.partial(taps_call, space=(2, 4, 4), kernel=(4, 4, 4), filters=256)

@@ -14,8 +14,9 @@ from jax import lax
 from conv3dt_jax._geometry import Axis, Geometry, tap_phases
 from conv3dt_jax.lowerings._cells import cells
 
-FEW_TAPS = 27
-"""Taps, and outputs of a cell, that are laid out in one pass: each is an operation of its own, and is compiled."""
+FEW_TAPS, PLANE_TAPS = 27, 144
+"""Taps, and outputs of a cell, that are laid out in one pass, each by an operation of its own, which is compiled; and
+the same where they are added along two axes at most."""
 
 
 FEW_PHASES = 4
@@ -31,12 +32,9 @@ Parts = dict[tuple[int, ...], jax.Array]
 def lay_out(taps: jax.Array, geometry: Geometry, *, phase_by_phase: bool, taps_first: bool = False) -> jax.Array:
     """``(N, D, H, W, kd, kh, kw, F)`` to ``(N, *out, F)``: every product to its place.
 
-    With ``taps_first`` the axes of the taps lie before the others. With ``phase_by_phase`` in one pass, where it can
-    be, and the only axis that moves is no row in order.
+    With ``taps_first`` the axes of the taps lie before the others; with ``phase_by_phase`` in one pass if it can be.
     """
-    moving = [axis for axis in geometry if axis.k * axis.s > 1]
-    is_row = len(moving) == 1 and _is_in_order(moving[0])
-    if phase_by_phase and in_one_pass(geometry) and not is_row:
+    if phase_by_phase and in_one_pass(geometry):
         rows = _in_rows(geometry) and not taps_first
         return _phase_by_phase(_apart(taps) if taps_first else _columns(taps, rows=rows), geometry, rows=rows)
     if taps_first:
@@ -48,11 +46,14 @@ def lay_out(taps: jax.Array, geometry: Geometry, *, phase_by_phase: bool, taps_f
 
 
 def in_one_pass(geometry: Geometry) -> bool:
-    """Whether products overlap, and are so few for an input that each may have an operation of its own."""
+    """Whether products overlap, in more than a line, and are so few for an input that each may be an operation."""
     if any(axis.wraps or not isinstance(axis.out, int) for axis in geometry):
         return False
+    if sum(axis.k * axis.s > 1 for axis in geometry) == 1:
+        return False
     pieces = max(math.prod(axis.k for axis in geometry), math.prod(axis.s for axis in geometry))
-    return any(axis.overlaps for axis in geometry) and pieces <= FEW_TAPS
+    overlaps = [axis.overlaps for axis in geometry]
+    return any(overlaps) and pieces <= (FEW_TAPS if all(overlaps) else PLANE_TAPS)
 
 
 def _phase_by_phase(parts: Parts, geometry: Geometry, *, rows: bool) -> jax.Array:

@@ -34,9 +34,10 @@ kernel's row; and each is compiled."""
 WIDE, WIDE_TAPS, WIDE_CHANNELS = 512, 4, 128
 """Columns, taps and channels from which on rows of a plane stay in the cache with what they read, where all do not."""
 
-COPIES = 4 / 5
+COPIES, MANY_ROWS, ONE_THREAD = 4 / 5, 64, (1_500_000, 6_000_000)
 """Of a product for each tap, where they are added along two axes at most: inputs for each filter up to which their
-copies cost less than a transposed copy of the kernel."""
+copies cost less than a transposed copy of the kernel. Not from so many inputs on where a tap has so many multiply-adds:
+too many for one thread, which makes all that are too few for two."""
 
 VOLUME_COPIES, MOST_CELLS, SHORT = 1 / 2, 128, 48
 """The same where they are added along three, and rows are quicker than longer products of taps; and, than a copy of a
@@ -105,12 +106,16 @@ def by_taps(call: Call, origin: Origin) -> bool:
     """Whether there is a product for each tap, where there are no blocks; on a CPU."""
     if not _on_cpu(call) or call.groups > 1 or not all(isinstance(axis.out, int) for axis in call.geometry):
         return False
+    rows = inputs_of(call)
     if _is_plane(call.geometry):
+        least, enough = ONE_THREAD
+        if rows >= MANY_ROWS and least <= rows * call.channels * call.filters < enough:
+            return False
         most = COPIES * call.filters
     else:
         large = kernel_values(call) * call.itemsize > _tiles.LARGEST
         most = min(VOLUME_COPIES * call.filters, MOST_CELLS if large else SHORT)
-    return origin.filters_last and inputs_of(call) <= most
+    return origin.filters_last and rows <= most
 
 
 def by_samples(call: Call) -> bool:
