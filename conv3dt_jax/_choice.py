@@ -11,7 +11,8 @@
   to convolution hardware; integers and complex numbers go to `phases`.
 - CPU, where XLA runs a dilated convolution as a scalar loop: one of the matrix lowerings, by the cost rule below. Both
   gradients are those of `phases` or `winograd`; `winograd` is in question where floating-point numbers are summed in
-  float32 at the default precision. A strided convolution whose blocks would be short is `dilated`.
+  float32 at the default precision. A strided convolution whose blocks would be short is `dilated`; so are planes and
+  lines where few inputs meet many taps, for which the platform has a product too.
 - sizes that are not known when the operation is traced: `dilated`.
 
 Without strides a CPU computes gradients, and results of two channels, from the side with fewer values (`steps`).
@@ -35,9 +36,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from conv3dt_jax import _slabs
+from conv3dt_jax import _candidates, _slabs
 from conv3dt_jax._geometry import Geometry, turned
-from conv3dt_jax.lowerings import LOWERINGS, _adjoint, _matmul_plans, _side_by_side, _triton, dilated, pallas, winograd
+from conv3dt_jax.lowerings import LOWERINGS, _matmul_plans, _side_by_side, _triton, dilated
 from conv3dt_jax.lowerings._tiles import plus, tile_bytes
 from conv3dt_jax.lowerings._turn import turned_kernel
 from conv3dt_jax.lowerings._work import GRADIENTS, Call, nanoseconds
@@ -55,15 +56,6 @@ FEWER = 4
 
 FEW_FILTERS = 4
 """Filters of a group up to which a GPU lays out the products of all taps."""
-
-FILTERED = (3, 64)
-"""Channels and filters of `winograd`: fewer make up short sums and more are summed in pieces, with less rounding."""
-
-SHORTEST = 256
-"""Rows of a product below which XLA's convolution is quicker, where it is strided and has many channels."""
-
-VECTOR = 8
-"""Channels and filters below which XLA's convolution goes number by number."""
 
 CONVOLVED = {"outputs": 1, "affine": 1, "tangent": 2, "inputs": 1, "kernel": 1.3, "gradients": 2.2}
 """What XLA's convolution takes for each, in the time of a result."""
@@ -129,7 +121,7 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
     if not all(isinstance(axis.out, int) for axis in geometry):
         return "dilated", "the spatial sizes are not known when it is traced"
     overlaps = any(axis.overlaps for axis in geometry)
-    if platform == HOPPER and _may_gather(form, batch):
+    if platform == HOPPER and _candidates.may_gather(form, batch):
         return "pallas", "gathered products: nothing is laid out, and no stuffed zeros"
     if platform in GPUS:
         return _of_a_gpu(kind, form, overlaps)
@@ -141,7 +133,7 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         return "phases", "outputs overlap, and the platform convolves floating-point numbers only"
     forward = not GRADIENTS[kind]
     call = Call.of(form, batch, room_for("cpu", form, batch))
-    if kind == "inputs" and _has_short_products(form, call):
+    if kind == "inputs" and _candidates.has_short_products(form, call):
         return "dilated", "the products of its blocks would be short: the platform's convolution"
     plain = form.groups == 1 and not form.channels_first
     if forward and not overlaps and (plain or _matmul_plans.is_elementwise(call)):
@@ -149,8 +141,8 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
     names = [
         "phases",
         *(["matmul"] if forward else []),
-        *(["winograd"] if _may_filter(form, call, GRADIENTS[kind]) else []),
-        *(["dilated"] if _may_convolve(kind, form) else []),
+        *(["winograd"] if _candidates.may_filter(form, call, GRADIENTS[kind]) else []),
+        *(["dilated"] if _candidates.may_convolve(kind, form) else []),
     ]
     if names == ["phases"]:
         return "phases", "one gathering of patches" + (" serves both gradients" if kind == "gradients" else "")
@@ -164,6 +156,8 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         shapes = (form.inputs_shape(call.batch), form.outputs_shape(call.batch))
         costs["matmul"] += TRANSPOSED * sum(math.prod(shape) for shape in shapes)
     name = min(costs, key=lambda name: costs[name] / (WORTH if name == "winograd" else 1))
+    if name == "matmul" and _candidates.is_short(form, call):
+        return "dilated", "few inputs under many taps: the platform's transposed convolution"
     return name, " against ".join(f"{name} {ns / 1e6:.2g} ms" for name, ns in costs.items()) + " by the cost rule"
 
 
@@ -174,55 +168,6 @@ def _of_a_gpu(kind: str, form: Any, overlaps: bool) -> tuple[str, str]:
     if not overlaps and not GRADIENTS[kind]:
         return "matmul", "no outputs overlap: one product, no zeros"
     return "phases", "one gathering of patches" + (" serves both gradients" if kind == "gradients" else "")
-
-
-def _may_gather(form: Any, batch: Any) -> bool:
-    """Whether `pallas` can do it."""
-    if pallas.refusal(form.geometry, form.sums) is not None or not isinstance(batch, int):
-        return False
-    return pallas.takes(Call.of(form, batch, 0), form.dtypes, form.precision)
-
-
-def _has_short_products(form: Any, call: Call) -> bool:
-    """Whether a strided convolution has patches so long that few fit a block, and channels that make products the cost.
-
-    XLA's own convolution, which takes the whole volume at once, measured 1.3 times faster there.
-    """
-    plain = form.groups == 1 and all(dtype == jnp.float32 for dtype in form.dtypes)
-    strided = any(axis.s > 1 for axis in form.geometry) and all(axis.d == 1 for axis in form.geometry)
-    many = min(form.channels, form.filters) >= FILTERED[1]
-    rows, cells = _adjoint.rows(call), call.batch * math.prod(axis.n for axis in form.geometry)
-    return plain and strided and many and rows < min(SHORTEST, cells)
-
-
-def _may_convolve(kind: str, form: Any) -> bool:
-    """Whether XLA's own convolution is quick: in planes and lines without strides, of vectors of numbers."""
-    both_ways = kind in ("kernel", "gradients")
-    plain = form.groups == 1 and all(dtype == jnp.float32 for dtype in (form.sums, *form.dtypes))
-    return (
-        plain and min(form.channels, form.filters) >= VECTOR and dilated.is_ordinary(form.geometry, both_ways=both_ways)
-    )
-
-
-def _may_filter(form: Any, call: Call, gradients: int) -> bool:
-    """Whether `winograd` can do it, and its rounding stays within four times that of the direct sum.
-
-    Not where it would write cells of several outputs with the filters second, piece by piece; and not where its
-    temporaries would be larger than operands and result.
-    """
-    if winograd.refusal(form.geometry, form.sums) is not None:
-        return False
-    if not gradients and form.channels_first and any(axis.s > 1 for axis in form.geometry):
-        return False
-    held = sum(math.prod(shape) for shape in _shapes(form, call.batch)) * form.sums.itemsize
-    if winograd.work(call, gradients=gradients).temporary_bytes > held:
-        return False
-    plain = form.sums == jnp.float32 and all(jnp.issubdtype(dtype, jnp.floating) for dtype in form.dtypes)
-    configured = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    asked = configured if form.precision is None else form.precision
-    default = asked in (None, "default", jax.lax.Precision.DEFAULT, (jax.lax.Precision.DEFAULT,) * 2)
-    few, many = sorted((form.channels // form.groups, form.filters // form.groups))
-    return plain and default and FILTERED[0] <= few and many <= FILTERED[1]
 
 
 def cost(name: str, call: Call, *, gradients: int, bfloat16: bool = False) -> float:
@@ -237,12 +182,7 @@ def cost(name: str, call: Call, *, gradients: int, bfloat16: bool = False) -> fl
 
 def room_for(platform: str, form: Any, batch: Any) -> int:
     """Bytes of a block, see `_tiles.tile_bytes`."""
-    return tile_bytes(platform, *_shapes(form, batch), itemsize=form.sums.itemsize)
-
-
-def _shapes(form: Any, batch: Any) -> tuple[Any, ...]:
-    """Of the inputs, the kernel and the outputs."""
-    return form.inputs_shape(batch), form.kernel_shape(), form.outputs_shape(batch)
+    return tile_bytes(platform, *_candidates.shapes(form, batch), itemsize=form.sums.itemsize)
 
 
 def check_named(implementation: str, geometry: Geometry, sums: Any) -> None:
@@ -269,7 +209,7 @@ def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
     }  # fmt: skip
     if name == "pallas":
         static["interpret"] = platform not in GPUS
-    if name == "matmul" and y is None:
+    if name in ("matmul", "dilated") and y is None:
         static["origin"] = form.origin
     moved = form.channels_first and name not in _EITHER_LAYOUT
     if form.channels_first and not moved:

@@ -177,8 +177,27 @@ def test_a_product_for_each_tap_gives_the_same_products(call, mirrored) -> None:
 def test_values_and_gradients_tap_by_tap_are_those_of_jax(
     dims, kernel, stride, padding, turned, monkeypatch, x64: None
 ) -> None:
-    taken, tap_by_tap = [], _kernel_rows.tap_by_tap
-    monkeypatch.setattr(_kernel_rows, "tap_by_tap", lambda *args, **kw: (taken.append(1), tap_by_tap(*args, **kw))[1])
+    assert taken_as_jax_has_it("tap_by_tap", dims, kernel, stride, padding, turned, monkeypatch) != turned
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", [(3, 1), (2, 3)]])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (4, 2), (5, 2), (4, 3)])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("turned", [False, True])
+def test_values_and_gradients_of_one_tap_after_the_other_are_those_of_jax(
+    dims, kernel, stride, padding, turned, monkeypatch, x64: None
+) -> None:
+    monkeypatch.setattr(_matmul_plans, "OUT_OF_CACHE", 0)
+    monkeypatch.setattr(_matmul_plans, "LONG_PRODUCT", 1)
+    padding = padding if isinstance(padding, str) else (2 * padding)[:dims]
+    taken = taken_as_jax_has_it("one_by_one", dims, kernel, stride, padding, turned, monkeypatch)
+    assert taken == (dims < 3 and not turned)
+
+
+def taken_as_jax_has_it(way, dims, kernel, stride, padding, turned, monkeypatch) -> bool:
+    """Whether the function of that name was called; a kernel whose channels lie last is read as it lies."""
+    taken, original = [], getattr(_kernel_rows, way)
+    monkeypatch.setattr(_kernel_rows, way, lambda *args, **kw: (taken.append(1), original(*args, **kw))[1])
     rng = np.random.default_rng(7)
     x, w = rng.normal(size=(1, *(2,) * dims, 3)), rng.normal(size=(*(kernel,) * dims, 3, 16))
     w = w.swapaxes(-1, -2) if turned else w
@@ -193,9 +212,9 @@ def test_values_and_gradients_tap_by_tap_are_those_of_jax(
             quick_jit(jax.value_and_grad(lambda x, w, f=f: run(f, x, w)[::-1], (0, 1), has_aux=True))(x, w)
             for f in (c3t.lax.conv_transpose, jax.lax.conv_transpose)
         )
-    assert bool(taken) != turned  # a kernel whose channels lie last is read as it lies
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+    return bool(taken)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

@@ -41,6 +41,29 @@ def test_products_tap_by_tap_are_not_for_one_thread_where_they_are_long() -> Non
     assert _matmul_plans.by_taps(taps_call(1, (1, 7, 9), channels=128, filters=256), last)  # 63 rows
 
 
+@pytest.mark.parametrize(("padding", "in_blocks"), [("valid", True), ("same", False)])
+def test_phases_that_are_written_apart_count_as_products_do(padding, in_blocks) -> None:
+    """Where the last cells stick out of the result: 25 MiB of products and 16 MiB of phases, which are new pages."""
+    described = form((1, 5, 5), (1, 4, 4), 128, 64, (1, 32, 32), padding)
+    call = Call.of(described, 4, _choice.room_for("cpu", described, 4))
+    assert _matmul_plans.held(call) == 25 << 20
+    assert _matmul_plans.in_blocks(call) == in_blocks
+
+
+def test_one_tap_after_the_other_is_for_long_products_with_kernels_out_of_the_cache() -> None:
+    last = Origin(mirrored=True, filters_last=True)
+    plane = functools.partial(taps_call, space=(1, 10, 10), channels=1024, filters=256)  # 16 MiB
+    assert _matmul_plans.one_by_one(plane(2), last)
+    assert not _matmul_plans.one_by_one(plane(1), last)  # a hundred rows
+    assert not _matmul_plans.one_by_one(plane(2, filters=255), last)
+    assert not _matmul_plans.one_by_one(plane(2), Origin(mirrored=True))
+    assert not _matmul_plans.one_by_one(plane(2, groups=2), last)
+    assert not _matmul_plans.one_by_one(plane(2, platform="cuda"), last)
+    assert not _matmul_plans.one_by_one(plane(2, kernel=(1, 7, 7)), last)  # 49 products to compile
+    assert not _matmul_plans.one_by_one(plane(2, space=(2, 10, 10), kernel=(2, 4, 4)), last)
+    assert not _matmul_plans.one_by_one(plane(2, kernel=(1, 2, 2), filters=2048), last)  # nothing overlaps
+
+
 def test_in_a_volume_tap_by_tap_gives_way_to_rows_earlier_but_not_where_nothing_overlaps() -> None:
     last = Origin(mirrored=True, filters_last=True)
     volume = functools.partial(taps_call, space=(2, 4, 4), kernel=(4, 4, 4), filters=256)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,20 @@ def kept(geometry: Geometry) -> int:
     """Inputs times taps, of one sample."""
     rows = [sum(reach[1] - reach[0] for reach in reaches(axis) if reach) for axis in geometry[:2]]
     return math.prod(rows) * geometry[2].n * geometry[2].k
+
+
+def is_still(axis: Axis) -> bool:
+    """Whether an axis does nothing."""
+    return bool(axis.n == axis.k == axis.out == 1)
+
+
+def one_by_one(inputs: jax.Array, kernel: jax.Array, geometry: Geometry, product: Product, **static: Any) -> jax.Array:
+    """`outputs` of a plane or a line whose rows are taps: an axis that does nothing becomes the width."""
+    still = next(dim for dim, axis in enumerate(geometry) if is_still(axis))
+    first, second = (axis for dim, axis in enumerate(geometry) if dim != still)
+    inputs, kernel = jnp.moveaxis(inputs, still + 1, 3), jnp.moveaxis(kernel, still, 2)
+    found = outputs(inputs, kernel, (first, second, geometry[still]), product, **static)
+    return jnp.moveaxis(found, 3, still + 1)
 
 
 def outputs(

@@ -96,7 +96,7 @@ def _apart(taps: jax.Array) -> Parts:
 
 def _in_rows(geometry: Geometry) -> bool:
     """Whether rows of taps are added up as they lie. Not where `interleaved` writes the phases apart."""
-    return _is_in_order(geometry[2]) and not _is_written_apart(geometry)
+    return _is_in_order(geometry[2]) and not is_written_apart(geometry)
 
 
 def _is_in_order(axis: Axis) -> bool:
@@ -127,7 +127,7 @@ def interleaved(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) 
     """
     some = next(iter(phases.values()))
     if _is_ragged(axes) and some.ndim == len(axes) + 2:
-        if _is_written_apart(axes):
+        if is_written_apart(axes):
             return _cut(_from_the_filters(phases, axes), axes)
         if math.prod(axis.s for axis in axes) <= FEW_PHASES:
             return functools.reduce(jnp.add, (_spread(phase, place, axes) for place, phase in phases.items()))
@@ -148,8 +148,8 @@ def _is_ragged(axes: Sequence[Axis]) -> bool:
     return any(axis.out % axis.s for axis in axes)
 
 
-def _is_written_apart(axes: Sequence[Axis]) -> bool:
-    """Whether all phases are written before they are put in order."""
+def is_written_apart(axes: Sequence[Axis]) -> bool:
+    """Whether all phases are written before they are put in order: as much as the result beside the products."""
     many = math.prod(axis.k for axis in axes) >= MANY_TAPS and sum(axis.overlaps for axis in axes) == 2
     return many and _is_ragged(axes)
 

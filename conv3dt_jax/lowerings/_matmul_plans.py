@@ -1,4 +1,4 @@
-"""How `matmul` makes its products for a call, and what that costs: all at once, by taps, by rows, or in blocks."""
+"""How `matmul` makes its products for a call, and what that costs: all at once, by taps or rows, or in blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from conv3dt_jax._geometry import Geometry, tap_phases
 from conv3dt_jax.lowerings import _blocks, _kernel_rows, _tiles
 from conv3dt_jax.lowerings._cells import cells, shifts, span
-from conv3dt_jax.lowerings._laid_out import in_one_pass
+from conv3dt_jax.lowerings._laid_out import in_one_pass, is_written_apart
 from conv3dt_jax.lowerings._origin import Origin
 from conv3dt_jax.lowerings._work import Call, Work
 
@@ -38,6 +38,10 @@ COPIES, MANY_ROWS, ONE_THREAD = 4 / 5, 64, (1_500_000, 6_000_000)
 """Of a product for each tap, where they are added along two axes at most: inputs for each filter up to which their
 copies cost less than a transposed copy of the kernel. Not from so many inputs on where a tap has so many multiply-adds:
 too many for one thread, which makes all that are too few for two."""
+
+OUT_OF_CACHE, LONG_PRODUCT, FEW_TAPS = 16 << 20, 200, 36
+"""Bytes of a kernel, and inputs, from which on products of planes and lines are made one tap after the other, while its
+matrix is in the cache; and taps up to which that is so, since each is compiled."""
 
 VOLUME_COPIES, MOST_CELLS, SHORT = 1 / 2, 128, 48
 """The same where they are added along three, and rows are quicker than longer products of taps; and, than a copy of a
@@ -75,6 +79,7 @@ def in_blocks(call: Call) -> bool:
     if _is_plane(call.geometry) and in_one_pass(call.geometry):
         terms = math.prod(axis.k / min(axis.s, axis.k) for axis in call.geometry)
         most = WHOLE if terms > FEW_TERMS and call.channels < MANY_CHANNELS else whole
+        bytes_held += _apart(call)
     elif by_rows(call) or inputs_of(call) <= FEW_CELLS:
         most = max(OPERANDS * call.tile_bytes, _tiles.LARGEST)
     else:
@@ -118,6 +123,17 @@ def by_taps(call: Call, origin: Origin) -> bool:
     return origin.filters_last and rows <= most
 
 
+def one_by_one(call: Call, origin: Origin) -> bool:
+    """Whether these are products of their own, of the inputs that each tap keeps; in planes and lines, on a CPU."""
+    lifted, overlaps = _is_lifted(call.geometry), any(axis.overlaps for axis in call.geometry)
+    if not (_on_cpu(call) and lifted and overlaps and call.groups == 1 and origin.filters_last):
+        return False
+    if not all(isinstance(axis.out, int) and not axis.wraps for axis in call.geometry):
+        return False
+    large = kernel_values(call) * call.itemsize >= OUT_OF_CACHE
+    return large and inputs_of(call) >= LONG_PRODUCT and math.prod(axis.k for axis in call.geometry) <= FEW_TAPS
+
+
 def by_samples(call: Call) -> bool:
     """Whether blocks are whole samples, which share no rims; their outputs are written in one piece."""
     overlaps = any(axis.overlaps for axis in call.geometry)
@@ -148,6 +164,13 @@ def held(call: Call) -> int:
     return inputs_of(call) * math.prod(axis.k for axis in call.geometry) * call.filters * call.itemsize
 
 
+def _apart(call: Call) -> int:
+    """Bytes of phases that are written beside the products before they are put in order."""
+    if not is_written_apart(call.geometry):
+        return 0
+    return call.batch * math.prod(cells(axis) * axis.s for axis in call.geometry) * call.filters * call.itemsize
+
+
 def kernel_values(call: Call) -> int:
     """Of the whole kernel."""
     return math.prod(axis.k for axis in call.geometry) * call.filters * call.channels // call.groups
@@ -155,7 +178,7 @@ def kernel_values(call: Call) -> int:
 
 def _is_lifted(geometry: Geometry) -> bool:
     """Whether it is a plane or a line, with an axis that does nothing."""
-    return any(axis.n == axis.k == axis.out == 1 for axis in geometry)
+    return any(map(_kernel_rows.is_still, geometry))
 
 
 def _is_plane(geometry: Geometry) -> bool:

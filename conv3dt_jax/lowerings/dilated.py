@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings import _tiles
 from conv3dt_jax.lowerings._adjoint import unwrap
+from conv3dt_jax.lowerings._origin import AS_GIVEN, Origin
 from conv3dt_jax.lowerings._products import CONV_GENERAL_DILATED
 from conv3dt_jax.lowerings._transposes import transposes
 from conv3dt_jax.lowerings._work import Call, Work
@@ -48,13 +49,20 @@ def outputs(
     tile_bytes: int = 0,
     result: DTypeLike | None = None,
     bias: jax.Array | None = None,
+    origin: Origin = AS_GIVEN,
 ) -> jax.Array:
-    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)`` of dtype ``accumulate``."""
+    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)`` of dtype ``accumulate``.
+
+    Without groups the kernel is taken as it lies, by its ``origin``.
+    """
     del tile_bytes, result  # XLA has blocks of its own; it rounds at the end
     still, moving, letters = _moving(geometry)
     paddings, windows = zip(*map(_split_crop, moving), strict=True)
     inputs, kernel = _alike(accumulate, inputs, kernel)
-    kernel = lax.squeeze(_grouped_kernel(jnp.flip(kernel, (0, 1, 2)), groups), still)
+    origin = origin if groups == 1 else AS_GIVEN
+    kernel = origin.restored(kernel)
+    kernel = kernel if origin.mirrored else jnp.flip(kernel, (0, 1, 2))
+    kernel = lax.squeeze(_grouped_kernel(kernel, groups), still)
     outputs = CONV_GENERAL_DILATED(
         lax.squeeze(inputs, [dim + 1 for dim in still]),
         kernel,
@@ -62,7 +70,7 @@ def outputs(
         padding=paddings,
         lhs_dilation=[axis.s for axis in moving],
         rhs_dilation=[axis.d for axis in moving],
-        dimension_numbers=(f"N{letters}C", f"{letters}OI", f"N{letters}C"),
+        dimension_numbers=(f"N{letters}C", letters + ("IO" if origin.filters_last else "OI"), f"N{letters}C"),
         feature_group_count=groups,
         precision=precision,
         preferred_element_type=accumulate,
@@ -97,6 +105,18 @@ def is_ordinary(geometry: Geometry, *, both_ways: bool) -> bool:
     if not any(map(_is_still, geometry)) or any(axis.ke > axis.n for axis in geometry):
         return False
     return not both_ways or all(sum(_split_crop(axis)[0]) < axis.ke for axis in geometry)
+
+
+def is_transposed(geometry: Geometry) -> bool:
+    """Whether it is a plane or a line with strides and no more taps than inputs.
+
+    For these XLA:CPU has one product of inputs and taps, which all threads make and one adds up. Where there are more
+    taps it exchanges the operands and walks.
+    """
+    if not all(isinstance(axis.out, int) and axis.d == 1 and not axis.wraps for axis in geometry):
+        return False
+    inputs, taps = (math.prod(sizes) for sizes in zip(*((axis.n, axis.k) for axis in geometry), strict=True))
+    return any(map(_is_still, geometry)) and any(axis.s > 1 for axis in geometry) and taps <= inputs
 
 
 def is_line(geometry: Geometry) -> bool:

@@ -82,6 +82,8 @@ def outputs(
         return _tiles.plus(lay_out(taps, geometry, phase_by_phase=on_cpu), bias)
     kernel = origin.restored(kernel)
     static["origin"] = origin
+    if _matmul_plans.one_by_one(call, origin):
+        return _tiles.plus(_kernel_rows.one_by_one(inputs, kernel, geometry, product, **static), bias)
     if _matmul_plans.by_taps(call, origin):
         taps = _kernel_rows.tap_by_tap(inputs, kernel, **static)
         return _tiles.plus(lay_out(taps, geometry, phase_by_phase=on_cpu, taps_first=True), bias)
