@@ -52,15 +52,18 @@ def test_phases_that_are_written_apart_count_as_products_do(padding, in_blocks) 
 
 def test_one_tap_after_the_other_is_for_long_products_with_kernels_out_of_the_cache() -> None:
     last = Origin(mirrored=True, filters_last=True)
-    plane = functools.partial(taps_call, space=(1, 10, 10), channels=1024, filters=256)  # 16 MiB
+    line = functools.partial(taps_call, 1, (1, 1, 200), (1, 1, 16), channels=1024)
+    assert _matmul_plans.one_by_one(line(filters=256), last)
+    plane = functools.partial(taps_call, space=(1, 10, 10), kernel=(1, 3, 3), channels=1024, filters=456)  # 16 MiB
     assert _matmul_plans.one_by_one(plane(2), last)
+    assert not _matmul_plans.one_by_one(plane(2, kernel=(1, 4, 4)), last)  # by rows
     assert not _matmul_plans.one_by_one(plane(1), last)  # a hundred rows
-    assert not _matmul_plans.one_by_one(plane(2, filters=255), last)
+    assert not _matmul_plans.one_by_one(plane(2, filters=455), last)
     assert not _matmul_plans.one_by_one(plane(2), Origin(mirrored=True))
     assert not _matmul_plans.one_by_one(plane(2, groups=2), last)
     assert not _matmul_plans.one_by_one(plane(2, platform="cuda"), last)
     assert not _matmul_plans.one_by_one(plane(2, kernel=(1, 7, 7)), last)  # 49 products to compile
-    assert not _matmul_plans.one_by_one(plane(2, space=(2, 10, 10), kernel=(2, 4, 4)), last)
+    assert not _matmul_plans.one_by_one(plane(2, space=(2, 10, 10), kernel=(2, 3, 3)), last)
     assert not _matmul_plans.one_by_one(plane(2, kernel=(1, 2, 2), filters=2048), last)  # nothing overlaps
 
 

@@ -124,9 +124,12 @@ def by_taps(call: Call, origin: Origin) -> bool:
 
 
 def one_by_one(call: Call, origin: Origin) -> bool:
-    """Whether these are products of their own, of the inputs that each tap keeps; in planes and lines, on a CPU."""
+    """Whether these are products of their own, of the inputs that each tap keeps; in planes and lines, on a CPU.
+
+    Not where rows of taps are: these hold less.
+    """
     lifted, overlaps = _is_lifted(call.geometry), any(axis.overlaps for axis in call.geometry)
-    if not (_on_cpu(call) and lifted and overlaps and call.groups == 1 and origin.filters_last):
+    if not (_on_cpu(call) and lifted and overlaps and call.groups == 1 and origin.filters_last) or by_rows(call):
         return False
     if not all(isinstance(axis.out, int) and not axis.wraps for axis in call.geometry):
         return False
