@@ -24,6 +24,9 @@ MANY_TAPS, FEW_ROWS, SMALL, WIDE = 25, range(64, 128), 8 << 20, 32
 """Taps, inputs, bytes of the kernel, channels and filters where XLA's own transposed convolution of a plane or a line
 is as quick as `matmul` or quicker: it copies no kernel, and one thread soon has the sums of so few products."""
 
+MORE_ROWS, FEW_PRODUCTS, CHANNELS = range(64, 256), 3 << 19, 64
+"""The same for more inputs: bytes of their products, and channels."""
+
 
 def may_gather(form: Any, batch: Any) -> bool:
     """Whether `pallas` can do it."""
@@ -61,8 +64,9 @@ def is_short(form: Any, call: Call) -> bool:
         return False
     wide = min(form.channels, form.filters) >= WIDE
     taps, rows = math.prod(axis.k for axis in form.geometry), _matmul_plans.inputs_of(call)
+    few = _matmul_plans.held(call) <= FEW_PRODUCTS and form.channels >= CHANNELS
     small = _matmul_plans.kernel_values(call) * call.itemsize <= SMALL
-    return wide and taps >= MANY_TAPS and rows in FEW_ROWS and small
+    return wide and small and taps >= MANY_TAPS and rows in (MORE_ROWS if few else FEW_ROWS)
 
 
 def may_filter(form: Any, call: Call, gradients: int) -> bool:

@@ -34,6 +34,14 @@ def test_few_inputs_under_many_taps_are_the_platforms_in_planes_and_lines() -> N
     assert chosen(space=(2, 6, 6), kernel=(2, 5, 5)) != "dilated"
 
 
+def test_more_inputs_may_meet_them_where_products_are_few() -> None:
+    more = {"space": (1, 14, 14), "channels": 64, "filters": 80}  # 1.495 MiB
+    assert chosen(**more) == "dilated"
+    assert chosen(**more | {"filters": 81}) != "dilated"
+    assert chosen(**more | {"channels": 63}) != "dilated"
+    assert chosen(space=(1, 16, 16), channels=64, filters=32) != "dilated"  # 256 inputs
+
+
 def test_the_platform_reads_small_kernels_of_vectors_as_they_lie() -> None:
     assert chosen(filters=327) == "dilated"
     assert chosen(filters=328) != "dilated"  # more than 8 MiB
