@@ -91,6 +91,8 @@ def test_rows_of_a_plane_are_for_wide_ones_that_leave_out_products() -> None:
     ("batch", "space", "kernel", "channels", "filters", "in_blocks"),
     [
         (2, (1, 64, 64), (1, 2, 2), 64, 96, False),
+        (4, (1, 64, 64), (1, 2, 2), 128, 64, True),  # 16 MiB, and as much of result
+        (4, (1, 48, 48), (1, 2, 2), 256, 128, False),  # 18 MiB, with a kernel that blocks would read again
         (4, (1, 64, 64), (1, 4, 4), 64, 32, True),
         (64, (1, 4, 4), (1, 4, 4), 1024, 512, False),  # the kernel is as large, and blocks would read it again
         (64, (1, 4, 4), (1, 4, 4), 1023, 512, True),

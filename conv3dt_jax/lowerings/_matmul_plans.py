@@ -23,6 +23,10 @@ WHOLE_PLANE, FEW_TERMS, MANY_CHANNELS = 30 << 20, 4, 128
 """The same of planes and lines on a CPU, where blocks read the kernel again, and the heap keeps so much; or as much as
 the kernel holds. Not with more products in an output than these, of fewer channels: blocks keep sums in the cache."""
 
+WHOLE_CELLS, CACHED = 15 << 20, 256 << 10
+"""The same of planes and lines whose blocks write rows as they are, where the result is as large as the products and the
+heap would keep both; and bytes of a kernel that stays in the cache from block to block."""
+
 REPEATED, KEPT = 2.0, 32 << 20
 """Products that blocks make for each that is needed, since they share their rims, beyond which there are no blocks
 either; and the bytes of products up to which that is so: what the heap keeps, so that no page is new at a call."""
@@ -75,7 +79,11 @@ def in_blocks(call: Call) -> bool:
     bytes_held, lifted = held(call), _on_cpu(call) and _is_lifted(call.geometry)
     whole = max(WHOLE_PLANE, kernel_values(call) * call.itemsize) if lifted else WHOLE
     if products < call.channels or sum(axis.overlaps for axis in call.geometry) <= 1:  # little to lay out
-        return bytes_held > max(call.tile_bytes, WHOLE_ROWS if rows_apart(call) and not lifted else whole)
+        if rows_apart(call) and not lifted:
+            whole = WHOLE_ROWS
+        elif rows_apart(call) and kernel_values(call) * call.itemsize <= CACHED:
+            whole = WHOLE_CELLS
+        return bytes_held > max(call.tile_bytes, whole)
     if _is_plane(call.geometry) and in_one_pass(call.geometry):
         terms = math.prod(axis.k / min(axis.s, axis.k) for axis in call.geometry)
         most = WHOLE if terms > FEW_TERMS and call.channels < MANY_CHANNELS else whole
