@@ -24,8 +24,8 @@ WHOLE_PLANE, FEW_TERMS, MANY_CHANNELS = 30 << 20, 4, 128
 the kernel holds. Not with more products in an output than these, of fewer channels: blocks keep sums in the cache."""
 
 WHOLE_CELLS, CACHED = 15 << 20, 256 << 10
-"""The same of planes and lines whose blocks write rows as they are, where the result is as large as the products and the
-heap would keep both; and bytes of a kernel that stays in the cache from block to block."""
+"""The same of planes and lines whose blocks write rows as they are, where the result is as large as the products, and
+the heap would keep both; and bytes of a kernel that stays in the cache from block to block."""
 
 REPEATED, KEPT = 2.0, 32 << 20
 """Products that blocks make for each that is needed, since they share their rims, beyond which there are no blocks
