@@ -48,7 +48,7 @@ FLOORS = [
     {"lowerings._matmul_plans"},
     {"lowerings.dilated", "lowerings.matmul", "lowerings.pallas", "lowerings.phases", "lowerings.winograd"},
     {"_operands", "lowerings"},
-    {"_slabs"},
+    {"_candidates", "_slabs"},
     {"_choice"},
     {"_cut", "_halos"},
     {"_shards"},
