@@ -83,6 +83,7 @@ def test_lines_are_laid_out_along_their_axis_and_volumes_of_many_taps_too() -> N
     still, axis = Axis(1, 1, 1, 1, 0, 1), Axis(3, 4, 2, 1, 1, 6)
     assert not _laid_out.in_one_pass((still, still, axis))
     assert not _laid_out.in_one_pass((axis, axis, axis))
+    assert not _laid_out.in_one_pass((Axis(3, 2, 2, 1, 0, 6), axis, axis))
     assert _laid_out.in_one_pass((Axis(3, 3, 2, 1, 1, 6),) * 3)
     for geometry in ((still, still, axis), (axis, axis, axis)):
         check_laid_out(geometry)

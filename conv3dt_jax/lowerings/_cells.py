@@ -24,6 +24,11 @@ MOST_RUNS = 3
 """Runs of an axis beyond which all residues are one: the program must not grow with the stride."""
 
 
+def is_still(axis: Axis) -> bool:
+    """Whether an axis does nothing."""
+    return bool(axis.n == axis.k == axis.out == 1)
+
+
 def cells(axis: Axis) -> int:
     """The cells of ``s`` outputs that cover the window."""
     return -(-axis.out // axis.s)

@@ -17,7 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
-from conv3dt_jax.lowerings._cells import cells
+from conv3dt_jax.lowerings._cells import cells, is_still
 from conv3dt_jax.lowerings._laid_out import interleaved, overlap_add, summed
 from conv3dt_jax.lowerings._origin import Origin
 from conv3dt_jax.lowerings._products import Product
@@ -40,11 +40,6 @@ def kept(geometry: Geometry) -> int:
     """Inputs times taps, of one sample."""
     rows = [sum(reach[1] - reach[0] for reach in reaches(axis) if reach) for axis in geometry[:2]]
     return math.prod(rows) * geometry[2].n * geometry[2].k
-
-
-def is_still(axis: Axis) -> bool:
-    """Whether an axis does nothing."""
-    return bool(axis.n == axis.k == axis.out == 1)
 
 
 def one_by_one(inputs: jax.Array, kernel: jax.Array, geometry: Geometry, product: Product, **static: Any) -> jax.Array:

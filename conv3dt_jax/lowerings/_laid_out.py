@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from conv3dt_jax._geometry import Axis, Geometry, tap_phases
-from conv3dt_jax.lowerings._cells import cells
+from conv3dt_jax.lowerings._cells import cells, is_still
 
 FEW_TAPS, PLANE_TAPS = 27, 144
 """Taps, and outputs of a cell, that are laid out in one pass, each by an operation of its own, which is compiled; and
-the same where they are added along two axes at most."""
+the same in a plane."""
 
 
 FEW_PHASES = 4
@@ -52,8 +52,8 @@ def in_one_pass(geometry: Geometry) -> bool:
     if sum(axis.k * axis.s > 1 for axis in geometry) == 1:
         return False
     pieces = max(math.prod(axis.k for axis in geometry), math.prod(axis.s for axis in geometry))
-    overlaps = [axis.overlaps for axis in geometry]
-    return any(overlaps) and pieces <= (FEW_TAPS if all(overlaps) else PLANE_TAPS)
+    most = PLANE_TAPS if any(map(is_still, geometry)) else FEW_TAPS
+    return any(axis.overlaps for axis in geometry) and pieces <= most
 
 
 def _phase_by_phase(parts: Parts, geometry: Geometry, *, rows: bool) -> jax.Array:

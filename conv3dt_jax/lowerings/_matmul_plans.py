@@ -7,7 +7,7 @@ from typing import Any
 
 from conv3dt_jax._geometry import Geometry, tap_phases
 from conv3dt_jax.lowerings import _blocks, _kernel_rows, _tiles
-from conv3dt_jax.lowerings._cells import cells, shifts, span
+from conv3dt_jax.lowerings._cells import cells, is_still, shifts, span
 from conv3dt_jax.lowerings._laid_out import in_one_pass, is_written_apart
 from conv3dt_jax.lowerings._origin import Origin
 from conv3dt_jax.lowerings._work import Call, Work
@@ -189,7 +189,7 @@ def kernel_values(call: Call) -> int:
 
 def _is_lifted(geometry: Geometry) -> bool:
     """Whether it is a plane or a line, with an axis that does nothing."""
-    return any(map(_kernel_rows.is_still, geometry))
+    return any(map(is_still, geometry))
 
 
 def _is_plane(geometry: Geometry) -> bool:
