@@ -14,6 +14,7 @@ from tests.helpers import quick_jit
 from tests.test_choice import form
 
 LAST = Origin(mirrored=True, filters_last=True)
+FUNCTIONS = (c3t.lax.conv_transpose, jax.lax.conv_transpose)
 
 
 def chosen(
@@ -74,6 +75,3 @@ def test_it_is_the_convolution_that_jax_compiles_with_its_gradients(space, kerne
     got, want = (quick_jit(jax.grad(lambda x, w, f=f: jnp.sin(run(f, x, w)).sum(), (0, 1)))(x, w) for f in FUNCTIONS)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-3)
-
-
-FUNCTIONS = (c3t.lax.conv_transpose, jax.lax.conv_transpose)

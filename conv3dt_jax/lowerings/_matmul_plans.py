@@ -43,7 +43,7 @@ COPIES, MANY_ROWS, ONE_THREAD = 4 / 5, 64, (1_500_000, 6_000_000)
 copies cost less than a transposed copy of the kernel. Not from so many inputs on where a tap has so many multiply-adds:
 too many for one thread, which makes all that are too few for two."""
 
-OUT_OF_CACHE, LONG_PRODUCT, FEW_TAPS = 16 << 20, 200, 36
+OUT_OF_CACHE, LONG_PRODUCT, COMPILED_TAPS = 16 << 20, 200, 36
 """Bytes of a kernel, and inputs, from which on products of planes and lines are made one tap after the other, while its
 matrix is in the cache; and taps up to which that is so, since each is compiled."""
 
@@ -87,7 +87,7 @@ def in_blocks(call: Call) -> bool:
     if _is_plane(call.geometry) and in_one_pass(call.geometry):
         terms = math.prod(axis.k / min(axis.s, axis.k) for axis in call.geometry)
         most = WHOLE if terms > FEW_TERMS and call.channels < MANY_CHANNELS else whole
-        bytes_held += _apart(call)
+        bytes_held += _phases_apart(call)
     elif by_rows(call) or inputs_of(call) <= FEW_CELLS:
         most = max(OPERANDS * call.tile_bytes, _tiles.LARGEST)
     else:
@@ -142,7 +142,7 @@ def one_by_one(call: Call, origin: Origin) -> bool:
     if not all(isinstance(axis.out, int) and not axis.wraps for axis in call.geometry):
         return False
     large = kernel_values(call) * call.itemsize >= OUT_OF_CACHE
-    return large and inputs_of(call) >= LONG_PRODUCT and math.prod(axis.k for axis in call.geometry) <= FEW_TAPS
+    return large and inputs_of(call) >= LONG_PRODUCT and math.prod(axis.k for axis in call.geometry) <= COMPILED_TAPS
 
 
 def by_samples(call: Call) -> bool:
@@ -175,7 +175,7 @@ def held(call: Call) -> int:
     return inputs_of(call) * math.prod(axis.k for axis in call.geometry) * call.filters * call.itemsize
 
 
-def _apart(call: Call) -> int:
+def _phases_apart(call: Call) -> int:
     """Bytes of phases that are written beside the products before they are put in order."""
     if not is_written_apart(call.geometry):
         return 0

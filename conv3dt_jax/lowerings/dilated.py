@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from conv3dt_jax._geometry import Axis, Geometry
 from conv3dt_jax.lowerings import _tiles
 from conv3dt_jax.lowerings._adjoint import unwrap
+from conv3dt_jax.lowerings._cells import is_still
 from conv3dt_jax.lowerings._origin import AS_GIVEN, Origin
 from conv3dt_jax.lowerings._products import CONV_GENERAL_DILATED
 from conv3dt_jax.lowerings._transposes import transposes
@@ -89,8 +90,7 @@ def _moving(geometry: Geometry) -> tuple[list[int], list[Axis], str]:
 
 def _is_still(axis: Axis) -> bool:
     """Whether an axis of one element stays one: XLA has better convolutions of planes and lines than of volumes."""
-    sizes = (axis.n, axis.k, axis.s, axis.out)
-    return all(isinstance(size, int) and size == 1 for size in sizes) and axis.lo == 0 and not axis.wraps
+    return is_still(axis) and axis.s == 1 and axis.lo == 0 and not axis.wraps
 
 
 def is_ordinary(geometry: Geometry, *, both_ways: bool) -> bool:
