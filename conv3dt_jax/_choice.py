@@ -57,11 +57,14 @@ FEWER = 4
 FEW_FILTERS = 4
 """Filters of a group up to which a GPU lays out the products of all taps."""
 
-CONVOLVED = {"outputs": 1, "affine": 1, "tangent": 2, "inputs": 1, "kernel": 1.3, "gradients": 2.2}
+CONVOLVED = {"outputs": 1, "affine": 1, "tangent": 1, "inputs": 1, "kernel": 1.3, "gradients": 2.2}
 """What XLA's convolution takes for each, in the time of a result."""
 
 LONG, PATCHED = 5, 1.5
 """Taps of a line from which on patches for its gradients take longer than the rule says, and how much."""
+
+PLANE_CALL, PLANE_PRODUCT = 30_000, 0.05
+"""Nanoseconds that `matmul` takes beyond the rule in a plane without strides: for a call, and for a product."""
 
 WORTH = 0.85
 """The share of the others' time that `winograd` must stay below: it rounds more, and ties are not worth that."""
@@ -152,6 +155,8 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         costs["dilated"] = CONVOLVED[kind] * cost("dilated", call, gradients=0)
         if GRADIENTS[kind] and dilated.is_line(form.geometry) and max(axis.k for axis in form.geometry) >= LONG:
             costs["phases"] *= PATCHED
+        if not GRADIENTS[kind] and not dilated.is_line(form.geometry):
+            costs["matmul"] += PLANE_CALL + PLANE_PRODUCT * _matmul_plans.products_of(call)
     if form.channels_first and "matmul" in costs:
         shapes = (form.inputs_shape(call.batch), form.outputs_shape(call.batch))
         costs["matmul"] += TRANSPOSED * sum(math.prod(shape) for shape in shapes)

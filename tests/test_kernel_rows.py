@@ -45,8 +45,8 @@ def axes_of(space, window, strides, dilation, padding, more):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(call=calls(), origin=st.sampled_from(ORIGINS))
-def test_rows_of_a_kernel_give_the_defined_result(call, origin) -> None:
+@given(call=calls(), origin=st.sampled_from(ORIGINS), cut=st.booleans())
+def test_rows_of_a_kernel_give_the_defined_result(call, origin, cut) -> None:
     geometry = axes_of(*call)
     if any(axis.out < 1 for axis in geometry):
         return
@@ -59,7 +59,7 @@ def test_rows_of_a_kernel_give_the_defined_result(call, origin) -> None:
     with jax.enable_x64(True):
         lies = origin.restored(jnp.asarray(w))
         static = {"product": _products.plain, "precision": None, "accumulate": jnp.float64, "origin": origin}
-        got = quick_jit(lambda x, w: _kernel_rows.outputs(x, w, geometry, **static))(x, lies)
+        got = quick_jit(lambda x, w: _kernel_rows.outputs(x, w, geometry, cut=cut, **static))(x, lies)
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -192,6 +192,14 @@ def test_values_and_gradients_of_one_tap_after_the_other_are_those_of_jax(
     padding = padding if isinstance(padding, str) else (2 * padding)[:dims]
     taken = taken_as_jax_has_it("one_by_one", dims, kernel, stride, padding, turned, monkeypatch)
     assert taken == (dims < 3 and not turned)
+
+
+def test_one_tap_after_the_other_copies_no_inputs() -> None:
+    """No product holds more than the inputs as they are, the products of all and the taps' matrices."""
+    x, w = jax.ShapeDtypeStruct((2, 28, 28, 1024), "float32"), jax.ShapeDtypeStruct((3, 3, 1024, 512), "float32")
+    compiled = jax.jit(lambda x, w: c3t.lax.conv_transpose(x, w, (2, 2), "SAME")).lower(x, w).compile()
+    products = 2 * 28 * 28 * 9 * 512 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < products + 2 * 1024 * 512 * 4
 
 
 def taken_as_jax_has_it(way, dims, kernel, stride, padding, turned, monkeypatch) -> bool:

@@ -88,14 +88,44 @@ def test_rows_of_a_plane_are_for_wide_ones_that_leave_out_products() -> None:
 
 
 @pytest.mark.parametrize(
+    ("channels", "filters", "expected"),
+    [
+        (256, 113, 4 << 20),  # the kernel is less than 1 MiB: blocks stay in the cache
+        (256, 114, 4 * 4 * 9 * 256 * 114),
+        (512, 256, 4 * 4 * 9 * 512 * 256),
+        (1024, 512, 20 << 20),
+    ],
+)
+def test_blocks_of_planes_and_lines_grow_with_the_kernel_that_each_reads(channels, filters, expected) -> None:
+    call = taps_call(8, (1, 64, 64), (1, 3, 3), channels, filters)
+    assert _matmul_plans.block_bytes(call) == expected
+
+
+def test_blocks_of_others_stay_in_the_cache() -> None:
+    call = functools.partial(taps_call, 8, space=(1, 64, 64), kernel=(1, 3, 3))
+    assert _matmul_plans.block_bytes(call()) == 20 << 20
+    for other in (call(groups=2), call(kernel=(1, 2, 2)), call(space=(2, 64, 64), kernel=(3, 3, 3))):
+        assert _matmul_plans.block_bytes(other) == 4 << 20
+    elsewhere = call(platform="cuda")
+    assert _matmul_plans.block_bytes(elsewhere) == elsewhere.tile_bytes
+
+
+def test_rows_of_a_volume_are_in_blocks_beyond_twice_the_kernel() -> None:
+    volume = functools.partial(taps_call, space=(4, 4, 4), kernel=(4, 4, 4), filters=256)
+    assert not _matmul_plans.in_blocks(volume(16, channels=512))
+    assert _matmul_plans.in_blocks(volume(17, channels=512))
+
+
+@pytest.mark.parametrize(
     ("batch", "space", "kernel", "channels", "filters", "in_blocks"),
     [
         (2, (1, 64, 64), (1, 2, 2), 64, 96, False),
         (4, (1, 64, 64), (1, 2, 2), 128, 64, True),  # 16 MiB, and as much of result
         (4, (1, 48, 48), (1, 2, 2), 256, 128, False),  # 18 MiB, with a kernel that blocks would read again
         (4, (1, 64, 64), (1, 4, 4), 64, 32, True),
-        (64, (1, 4, 4), (1, 4, 4), 1024, 512, False),  # the kernel is as large, and blocks would read it again
-        (64, (1, 4, 4), (1, 4, 4), 1023, 512, True),
+        (2, (1, 32, 32), (1, 3, 3), 1024, 512, False),  # twice the kernel, which blocks would read again
+        (2, (1, 32, 32), (1, 3, 3), 1023, 512, True),
+        (1, (1, 42, 42), (1, 3, 3), 900, 512, True),  # 31 MiB are less than that, but the kernel is below 16
         (1, (1, 1, 1000), (1, 1, 16), 1024, 512, False),
         (2, (16, 16, 16), (2, 2, 2), 64, 64, True),  # a volume
         (8, (1, 32, 32), (1, 5, 5), 64, 32, True),  # six products in an output, of few channels

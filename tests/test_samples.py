@@ -76,12 +76,12 @@ LAYER = ((64, 8, 8, 256), (4, 4, 256, 128))
 
 
 def test_a_batch_of_planes_holds_the_products_of_a_few() -> None:
-    """One loop, and an eighth of all 34 MB of products."""
+    """One loop, and a fourth of all 34 MB of products, beside their sums and the kernel."""
     x, w = (jax.ShapeDtypeStruct(shape, "float32") for shape in LAYER)
     compiled = jax.jit(lambda x, w: c3t.lax.conv_transpose(x, w, (2, 2), "SAME")).lower(x, w).compile()
     assert compiled.as_text().count(" while(") == 1
     products = 64 * 8 * 8 * 4 * 4 * 128 * 4
-    assert compiled.memory_analysis().temp_size_in_bytes < products / 3
+    assert compiled.memory_analysis().temp_size_in_bytes < products / 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])

@@ -43,11 +43,14 @@ def kept(geometry: Geometry) -> int:
 
 
 def one_by_one(inputs: jax.Array, kernel: jax.Array, geometry: Geometry, product: Product, **static: Any) -> jax.Array:
-    """`outputs` of a plane or a line whose rows are taps: an axis that does nothing becomes the width."""
+    """`outputs` of a plane or a line whose rows are taps: an axis that does nothing becomes the width.
+
+    Each takes all inputs: they are many, and a copy of those that it keeps would cost more than the products saved.
+    """
     still = next(dim for dim, axis in enumerate(geometry) if is_still(axis))
     first, second = (axis for dim, axis in enumerate(geometry) if dim != still)
     inputs, kernel = jnp.moveaxis(inputs, still + 1, 3), jnp.moveaxis(kernel, still, 2)
-    found = outputs(inputs, kernel, (first, second, geometry[still]), product, **static)
+    found = outputs(inputs, kernel, (first, second, geometry[still]), product, cut=False, **static)
     return jnp.moveaxis(found, 3, still + 1)
 
 
@@ -60,11 +63,17 @@ def outputs(
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
     origin: Origin,
+    cut: bool = True,
 ) -> jax.Array:
-    """``(N, D, H, W, C)`` and a kernel as it lies, see `Origin.restored`, to ``(N, *out, F)``."""
+    """``(N, D, H, W, C)`` and a kernel as it lies, see `Origin.restored`, to ``(N, *out, F)``.
+
+    With ``cut`` a row takes only the inputs whose products are kept.
+    """
     depth, height, width = geometry
     terms: dict[tuple[int, ...], jax.Array] = {}
     for place, row, (d, h) in _rows(kernel, geometry, origin):
+        if not cut:
+            d, h = ((0, axis.n, reach[2] - reach[0]) for axis, reach in ((depth, d), (height, h)))
         taken = lax.slice_in_dim(lax.slice_in_dim(inputs, *d[:2], axis=1), *h[:2], axis=2)
         products = every_tap(taken, row, product, precision=precision, accumulate=accumulate, origin=origin)
         products = overlap_add(products.squeeze((4, 5)), 3, width)
@@ -129,6 +138,6 @@ def _rows(
 
 
 def _around(axis: Axis, reach: Reach) -> tuple[int, int, int]:
-    """Cells before and behind those that a tap reaches."""
+    """Cells before and behind those that a tap's inputs reach; less than none where they lie outside."""
     first, last, cell = reach
     return cell, cells(axis) - cell - (last - first), 0

@@ -23,6 +23,10 @@ WHOLE_PLANE, FEW_TERMS, MANY_CHANNELS = 30 << 20, 4, 128
 """The same of planes and lines on a CPU, where blocks read the kernel again, and the heap keeps so much; or as much as
 the kernel holds. Not with more products in an output than these, of fewer channels: blocks keep sums in the cache."""
 
+OUT_OF_CACHE, LARGER = 16 << 20, 2
+"""Bytes of a kernel from which on no more of it stays in the cache than a tap, and how many times as many bytes of
+products there are up to which planes and lines have no blocks then."""
+
 WHOLE_CELLS, CACHED = 15 << 20, 256 << 10
 """The same of planes and lines whose blocks write rows as they are, where the result is as large as the products, and
 the heap would keep both; and bytes of a kernel that stays in the cache from block to block."""
@@ -43,9 +47,9 @@ COPIES, MANY_ROWS, ONE_THREAD = 4 / 5, 64, (1_500_000, 6_000_000)
 copies cost less than a transposed copy of the kernel. Not from so many inputs on where a tap has so many multiply-adds:
 too many for one thread, which makes all that are too few for two."""
 
-OUT_OF_CACHE, LONG_PRODUCT, COMPILED_TAPS = 16 << 20, 200, 36
-"""Bytes of a kernel, and inputs, from which on products of planes and lines are made one tap after the other, while its
-matrix is in the cache; and taps up to which that is so, since each is compiled."""
+LONG_PRODUCT, COMPILED_TAPS = 200, 36
+"""Inputs from which on products of planes and lines with kernels `OUT_OF_CACHE` are made one tap after the other, while
+its matrix is in the cache; and taps up to which that is so, since each is compiled."""
 
 VOLUME_COPIES, MOST_CELLS, SHORT = 1 / 2, 128, 48
 """The same where they are added along three, and rows are quicker than longer products of taps; and, than a copy of a
@@ -53,6 +57,10 @@ kernel that stays in the cache, than these."""
 
 LONG_ROWS, FEW_ROWS = 128, 4
 """Values of a cell's row, and rows of a cell, where blocks write the rows of their products as they are."""
+
+KERNELS, LARGE_BLOCK = 4, 20 << 20
+"""Products of a block, in bytes of the kernel, which every block reads again; and their bytes, if these are more than
+of other blocks."""
 
 OPERANDS = 4
 """`tile_bytes` in the bytes of operands and result: as much may the products of all rows hold, and a block at least."""
@@ -71,30 +79,41 @@ def is_elementwise(call: Call) -> bool:
     return call.channels == call.groups and not any(axis.overlaps for axis in call.geometry)
 
 
+def block_bytes(call: Call) -> int:
+    """Bytes of the products of a block."""
+    enough = min(KERNELS * kernel_values(call) * call.itemsize, LARGE_BLOCK)
+    overlaps = any(axis.overlaps for axis in call.geometry)
+    again = _on_cpu(call) and _is_lifted(call.geometry) and overlaps and call.groups == 1
+    return enough if again and enough > _tiles.LARGEST else call.tile_bytes
+
+
 def in_blocks(call: Call) -> bool:
     """Whether the products are too many to be made all at once."""
     if is_elementwise(call):
         return False
     products = math.prod(axis.k for axis in call.geometry) * call.filters
     bytes_held, lifted = held(call), _on_cpu(call) and _is_lifted(call.geometry)
-    whole = max(WHOLE_PLANE, kernel_values(call) * call.itemsize) if lifted else WHOLE
+    kernel, room = kernel_values(call) * call.itemsize, block_bytes(call)
+    whole = max(WHOLE_PLANE, kernel * (LARGER if kernel >= OUT_OF_CACHE else 1)) if lifted else WHOLE
     if products < call.channels or sum(axis.overlaps for axis in call.geometry) <= 1:  # little to lay out
         if rows_apart(call) and not lifted:
             whole = WHOLE_ROWS
-        elif rows_apart(call) and kernel_values(call) * call.itemsize <= CACHED:
+        elif rows_apart(call) and kernel <= CACHED:
             whole = WHOLE_CELLS
-        return bytes_held > max(call.tile_bytes, whole)
+        return bytes_held > max(room, whole)
     if _is_plane(call.geometry) and in_one_pass(call.geometry):
         terms = math.prod(axis.k / min(axis.s, axis.k) for axis in call.geometry)
         most = WHOLE if terms > FEW_TERMS and call.channels < MANY_CHANNELS else whole
         bytes_held += _phases_apart(call)
-    elif by_rows(call) or inputs_of(call) <= FEW_CELLS:
+    elif by_rows(call):
+        most = max(OPERANDS * call.tile_bytes, _tiles.LARGEST, LARGER * kernel)
+    elif inputs_of(call) <= FEW_CELLS:
         most = max(OPERANDS * call.tile_bytes, _tiles.LARGEST)
     else:
-        most = call.tile_bytes
+        most = room
     if bytes_held <= most:
         return False
-    return bytes_held > call.tile_bytes and (bytes_held > KEPT or _repeated(call) <= REPEATED)
+    return bytes_held > room and (bytes_held > KEPT or _repeated(call) <= REPEATED)
 
 
 def by_rows(call: Call) -> bool:
@@ -148,13 +167,13 @@ def one_by_one(call: Call, origin: Origin) -> bool:
 def by_samples(call: Call) -> bool:
     """Whether blocks are whole samples, which share no rims; their outputs are written in one piece."""
     overlaps = any(axis.overlaps for axis in call.geometry)
-    return overlaps and call.groups == 1 and call.batch > 1 and held(call) <= call.batch * call.tile_bytes
+    return overlaps and call.groups == 1 and call.batch > 1 and held(call) <= call.batch * block_bytes(call)
 
 
 def samples(call: Call) -> _tiles.Span:
     """Blocks of them."""
     each = max(held(call) // call.batch, 1)
-    return _tiles.plan((call.batch, 1, 1, 1, 1), each, call.tile_bytes)[0]
+    return _tiles.plan((call.batch, 1, 1, 1, 1), each, block_bytes(call))[0]
 
 
 def rows_apart(call: Call) -> bool:
@@ -170,9 +189,14 @@ def inputs_of(call: Call) -> int:
     return call.batch * math.prod(axis.n for axis in call.geometry)
 
 
+def products_of(call: Call) -> int:
+    """One for every input, tap and filter."""
+    return inputs_of(call) * math.prod(axis.k for axis in call.geometry) * call.filters
+
+
 def held(call: Call) -> int:
     """Bytes of all products."""
-    return inputs_of(call) * math.prod(axis.k for axis in call.geometry) * call.filters * call.itemsize
+    return products_of(call) * call.itemsize
 
 
 def _phases_apart(call: Call) -> int:
@@ -208,7 +232,7 @@ def _repeated(call: Call) -> float:
         return cut.count * cut.block / call.batch
     blocks = _blocks.count(call.groups, call.channels, call.filters)
     batch, _, depth, height = spans(
-        call.geometry, call.batch, blocks, call.filters // blocks, call.itemsize, call.tile_bytes
+        call.geometry, call.batch, blocks, call.filters // blocks, call.itemsize, block_bytes(call)
     )
     width = cells(call.geometry[2])
     made = batch.count * batch.block
@@ -230,7 +254,7 @@ def work(call: Call, *, gradients: int) -> Work:
 
     Temporaries: the products; and, but in one pass, a transposed copy and the sums so far.
     """
-    products = inputs_of(call) * math.prod(axis.k for axis in call.geometry) * call.filters
+    products = products_of(call)
     bytes_held = held(call)
     kernel = kernel_values(call)
     multiply_adds = products * call.channels // call.groups
@@ -243,7 +267,7 @@ def work(call: Call, *, gradients: int) -> Work:
     if in_blocks(call):
         more = _repeated(call)
         values = (IN_CACHE * laid_out * more + WRITTEN * written) * (WALKED if call.groups > 1 else 1)
-        return Work(int(multiply_adds * more), int(values), 3 * min(bytes_held, call.tile_bytes))
+        return Work(int(multiply_adds * more), int(values), 3 * min(bytes_held, block_bytes(call)))
     if by_rows(call):
         kept = call.batch * _kernel_rows.kept(call.geometry) * call.filters
         values = int(written + IN_ROWS * kept) if _is_plane(call.geometry) else kept

@@ -130,10 +130,12 @@ def _by_block(
     filters *= groups
     blocks = _blocks.count(groups, channels, filters)
     each = filters // blocks
-    spans = _matmul_plans.spans(geometry, inputs.shape[0], blocks, each, sums.itemsize, tile_bytes)
+    call = Call(geometry, 1, channels, filters, groups, sums.itemsize, tile_bytes)
+    room = _matmul_plans.block_bytes(call)
+    spans = _matmul_plans.spans(geometry, inputs.shape[0], blocks, each, sums.itemsize, room)
     depth, height, width = map(_local, geometry, (spans[2].block, spans[3].block, None))
     steps, places = [axis.s for axis in geometry[:2]], [(0, 0)]
-    if _matmul_plans.rows_apart(Call(geometry, 1, channels, filters, groups, sums.itemsize, tile_bytes)):
+    if _matmul_plans.rows_apart(call):
         places = [(d * geometry[0].d, h * geometry[1].d) for d in range(window[0]) for h in range(window[1])]
         depth, height = (Axis(span.block, 1, 1, 1, 0, span.block) for span in spans[2:])
         steps, window = [1, 1], [1, 1, window[2]]
