@@ -52,19 +52,18 @@ def test_phases_that_are_written_apart_count_as_products_do(padding, in_blocks) 
 
 def test_one_tap_after_the_other_is_for_long_products_with_kernels_out_of_the_cache() -> None:
     last = Origin(mirrored=True, filters_last=True)
-    line = functools.partial(taps_call, 1, (1, 1, 200), (1, 1, 16), channels=1024)
-    assert _matmul_plans.one_by_one(line(filters=256), last)
-    plane = functools.partial(taps_call, space=(1, 10, 10), kernel=(1, 3, 3), channels=1024, filters=456)  # 16 MiB
-    assert _matmul_plans.one_by_one(plane(2), last)
-    assert not _matmul_plans.one_by_one(plane(2, kernel=(1, 4, 4)), last)  # by rows
-    assert not _matmul_plans.one_by_one(plane(1), last)  # a hundred rows
-    assert not _matmul_plans.one_by_one(plane(2, filters=455), last)
-    assert not _matmul_plans.one_by_one(plane(2), Origin(mirrored=True))
-    assert not _matmul_plans.one_by_one(plane(2, groups=2), last)
-    assert not _matmul_plans.one_by_one(plane(2, platform="cuda"), last)
-    assert not _matmul_plans.one_by_one(plane(2, kernel=(1, 7, 7)), last)  # 49 products to compile
-    assert not _matmul_plans.one_by_one(plane(2, space=(2, 10, 10), kernel=(2, 3, 3)), last)
-    assert not _matmul_plans.one_by_one(plane(2, kernel=(1, 2, 2), filters=2048), last)  # nothing overlaps
+    line = functools.partial(taps_call, 1, (1, 1, 224), (1, 1, 16), channels=1024)
+    assert _matmul_plans.one_by_one(line(filters=128), last)
+    plane = functools.partial(taps_call, space=(1, 14, 16), kernel=(1, 4, 4), channels=1024, filters=128)  # 8 MiB
+    assert _matmul_plans.one_by_one(plane(1), last)
+    assert not _matmul_plans.one_by_one(plane(1, space=(1, 13, 17)), last)  # 221 rows
+    assert not _matmul_plans.one_by_one(plane(1, filters=127), last)
+    assert not _matmul_plans.one_by_one(plane(1), Origin(mirrored=True))
+    assert not _matmul_plans.one_by_one(plane(1, groups=2, filters=256), last)
+    assert not _matmul_plans.one_by_one(plane(1, platform="cuda"), last)
+    assert not _matmul_plans.one_by_one(plane(1, kernel=(1, 7, 7)), last)  # 49 products to compile
+    assert not _matmul_plans.one_by_one(plane(1, space=(2, 14, 16), kernel=(2, 4, 4)), last)
+    assert not _matmul_plans.one_by_one(plane(1, kernel=(1, 2, 2), filters=2048), last)  # nothing overlaps
 
 
 def test_in_a_volume_tap_by_tap_gives_way_to_rows_earlier_but_not_where_nothing_overlaps() -> None:
@@ -125,7 +124,7 @@ def test_rows_of_a_volume_are_in_blocks_beyond_twice_the_kernel() -> None:
         (4, (1, 64, 64), (1, 4, 4), 64, 32, True),
         (2, (1, 32, 32), (1, 3, 3), 1024, 512, False),  # twice the kernel, which blocks would read again
         (2, (1, 32, 32), (1, 3, 3), 1023, 512, True),
-        (1, (1, 42, 42), (1, 3, 3), 900, 512, True),  # 31 MiB are less than that, but the kernel is below 16
+        (1, (1, 60, 60), (1, 3, 3), 512, 256, True),  # 31.6 MiB
         (1, (1, 1, 1000), (1, 1, 16), 1024, 512, False),
         (2, (16, 16, 16), (2, 2, 2), 64, 64, True),  # a volume
         (8, (1, 32, 32), (1, 5, 5), 64, 32, True),  # six products in an output, of few channels

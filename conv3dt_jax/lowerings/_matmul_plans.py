@@ -23,7 +23,7 @@ WHOLE_PLANE, FEW_TERMS, MANY_CHANNELS = 30 << 20, 4, 128
 """The same of planes and lines on a CPU, where blocks read the kernel again, and the heap keeps so much; or as much as
 the kernel holds. Not with more products in an output than these, of fewer channels: blocks keep sums in the cache."""
 
-OUT_OF_CACHE, LARGER = 16 << 20, 2
+OUT_OF_CACHE, LARGER = 8 << 20, 2
 """Bytes of a kernel from which on no more of it stays in the cache than a tap, and how many times as many bytes of
 products there are up to which planes and lines have no blocks then."""
 
@@ -47,7 +47,7 @@ COPIES, MANY_ROWS, ONE_THREAD = 4 / 5, 64, (1_500_000, 6_000_000)
 copies cost less than a transposed copy of the kernel. Not from so many inputs on where a tap has so many multiply-adds:
 too many for one thread, which makes all that are too few for two."""
 
-LONG_PRODUCT, COMPILED_TAPS = 200, 36
+LONG_PRODUCT, COMPILED_TAPS = 224, 36
 """Inputs from which on products of planes and lines with kernels `OUT_OF_CACHE` are made one tap after the other, while
 its matrix is in the cache; and taps up to which that is so, since each is compiled."""
 
@@ -151,12 +151,9 @@ def by_taps(call: Call, origin: Origin) -> bool:
 
 
 def one_by_one(call: Call, origin: Origin) -> bool:
-    """Whether these are products of their own, of the inputs that each tap keeps; in planes and lines, on a CPU.
-
-    Not where rows of taps are: these hold less.
-    """
+    """Whether these are products of their own, of all inputs each; in planes and lines, on a CPU."""
     lifted, overlaps = _is_lifted(call.geometry), any(axis.overlaps for axis in call.geometry)
-    if not (_on_cpu(call) and lifted and overlaps and call.groups == 1 and origin.filters_last) or by_rows(call):
+    if not (_on_cpu(call) and lifted and overlaps and call.groups == 1 and origin.filters_last):
         return False
     if not all(isinstance(axis.out, int) and not axis.wraps for axis in call.geometry):
         return False

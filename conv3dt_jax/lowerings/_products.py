@@ -25,6 +25,9 @@ LEAST, ROWS = 12_000_000, 128
 EVEN_LEAST, EVEN_ROWS, EVEN_CHANNELS = 30_000_000, 256, (64, 256)
 """The same for a multiple of them, and the channels that these are summed over."""
 
+MANY_ROWS = 4096
+"""Rows from which on they may be summed over more channels: YNNPACK takes longer for each then."""
+
 TURNED = 1024
 """Rows from which on either is worth a turned copy of a kernel whose channels lie last, as YNNPACK reads it."""
 
@@ -88,8 +91,10 @@ def is_for_eigen(rows: Any, channels: int, columns: int, *dtypes: DTypeLike, tur
         return False
     if columns % EVEN:
         return rows >= ROWS and multiply_adds >= LEAST
+    if rows < EVEN_ROWS or multiply_adds < EVEN_LEAST:
+        return False
     least, most = EVEN_CHANNELS
-    return rows >= EVEN_ROWS and multiply_adds >= EVEN_LEAST and least <= channels <= most
+    return least <= channels <= most or (channels > most and rows >= MANY_ROWS)
 
 
 def filled(columns: int) -> int:
