@@ -50,6 +50,14 @@ def test_phases_that_are_written_apart_count_as_products_do(padding, in_blocks) 
     assert _matmul_plans.in_blocks(call) == in_blocks
 
 
+def test_phases_apart_do_not_count_beside_a_kernel_out_of_the_cache() -> None:
+    """24.5 MiB of products, and 15 of phases."""
+    described = form((1, 4, 4), (1, 3, 3), 512, 512, (1, 28, 28), "valid")
+    assert not _matmul_plans.in_blocks(Call.of(described, 1, _choice.room_for("cpu", described, 1)))
+    smaller = form((1, 4, 4), (1, 3, 3), 255, 512, (1, 28, 28), "valid")
+    assert _matmul_plans.in_blocks(Call.of(smaller, 1, _choice.room_for("cpu", smaller, 1)))
+
+
 def test_one_tap_after_the_other_is_for_long_products_with_kernels_out_of_the_cache() -> None:
     last = Origin(mirrored=True, filters_last=True)
     line = functools.partial(taps_call, 1, (1, 1, 224), (1, 1, 16), channels=1024)
@@ -127,6 +135,8 @@ def test_rows_of_a_volume_are_in_blocks_beyond_twice_the_kernel() -> None:
         (1, (1, 60, 60), (1, 3, 3), 512, 256, True),  # 31.6 MiB
         (1, (1, 1, 1000), (1, 1, 16), 1024, 512, False),
         (2, (16, 16, 16), (2, 2, 2), 64, 64, True),  # a volume
+        (64, (1, 1, 16000), (1, 1, 8), 512, 8, False),  # 31 MiB, and blocks would copy eight times as much
+        (64, (1, 1, 16000), (1, 1, 8), 511, 8, True),
         (8, (1, 32, 32), (1, 5, 5), 64, 32, True),  # six products in an output, of few channels
         (8, (1, 32, 32), (1, 5, 5), 128, 32, False),
     ],

@@ -24,12 +24,16 @@ WHOLE_PLANE, FEW_TERMS, MANY_CHANNELS = 30 << 20, 4, 128
 the kernel holds. Not with more products in an output than these, of fewer channels: blocks keep sums in the cache."""
 
 OUT_OF_CACHE, LARGER = 8 << 20, 2
-"""Bytes of a kernel from which on no more of it stays in the cache than a tap, and how many times as many bytes of
-products there are up to which planes and lines have no blocks then."""
+"""Bytes of a kernel from which on no more of it stays in the cache than a tap: planes and lines have no blocks then, up
+to so many times its bytes of products, with or without phases that are written apart; nor have rows of a volume."""
 
 WHOLE_CELLS, CACHED = 15 << 20, 256 << 10
 """The same of planes and lines whose blocks write rows as they are, where the result is as large as the products, and
 the heap would keep both; and bytes of a kernel that stays in the cache from block to block."""
+
+LITTLE = 8
+"""Channels for each product of an input from which on planes and lines have no blocks: these copy their inputs, of
+which all products are an eighth at most."""
 
 REPEATED, KEPT = 2.0, 32 << 20
 """Products that blocks make for each that is needed, since they share their rims, beyond which there are no blocks
@@ -94,6 +98,8 @@ def in_blocks(call: Call) -> bool:
     products = math.prod(axis.k for axis in call.geometry) * call.filters
     bytes_held, lifted = held(call), _on_cpu(call) and _is_lifted(call.geometry)
     kernel, room = kernel_values(call) * call.itemsize, block_bytes(call)
+    if lifted and products * LITTLE <= call.channels:
+        return False
     whole = max(WHOLE_PLANE, kernel * (LARGER if kernel >= OUT_OF_CACHE else 1)) if lifted else WHOLE
     if products < call.channels or sum(axis.overlaps for axis in call.geometry) <= 1:  # little to lay out
         if rows_apart(call) and not lifted:
@@ -104,7 +110,7 @@ def in_blocks(call: Call) -> bool:
     if _is_plane(call.geometry) and in_one_pass(call.geometry):
         terms = math.prod(axis.k / min(axis.s, axis.k) for axis in call.geometry)
         most = WHOLE if terms > FEW_TERMS and call.channels < MANY_CHANNELS else whole
-        bytes_held += _phases_apart(call)
+        bytes_held += _phases_apart(call) if kernel < OUT_OF_CACHE else 0
     elif by_rows(call):
         most = max(OPERANDS * call.tile_bytes, _tiles.LARGEST, LARGER * kernel)
     elif inputs_of(call) <= FEW_CELLS:
