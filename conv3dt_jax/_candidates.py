@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from conv3dt_jax.lowerings import _adjoint, _matmul_plans, dilated, pallas, winograd
+from conv3dt_jax.lowerings import _adjoint, _laid_out, _matmul_plans, dilated, pallas, winograd
 from conv3dt_jax.lowerings._work import Call
 
 FILTERED = (3, 64)
@@ -26,6 +26,9 @@ is as quick as `matmul` or quicker: it copies no kernel, and one thread soon has
 
 MORE_ROWS, FEW_PRODUCTS, CHANNELS = range(64, 256), 3 << 19, 64
 """The same for more inputs: bytes of their products, and channels."""
+
+RAGGED_PRODUCTS = 8 << 20
+"""The same, of such channels, where the phases would be written apart before they are put in order and cut."""
 
 
 def may_gather(form: Any, batch: Any) -> bool:
@@ -64,9 +67,11 @@ def is_short(form: Any, call: Call) -> bool:
         return False
     wide = min(form.channels, form.filters) >= WIDE
     taps, rows = math.prod(axis.k for axis in form.geometry), _matmul_plans.inputs_of(call)
-    few = _matmul_plans.held(call) <= FEW_PRODUCTS and form.channels >= CHANNELS
+    held = _matmul_plans.held(call) if form.channels >= CHANNELS else math.inf
+    few = taps >= MANY_TAPS and rows in (MORE_ROWS if held <= FEW_PRODUCTS else FEW_ROWS)
+    ragged = held <= RAGGED_PRODUCTS and _laid_out.is_written_apart(form.geometry)
     small = _matmul_plans.kernel_values(call) * call.itemsize <= SMALL
-    return wide and small and taps >= MANY_TAPS and rows in (MORE_ROWS if few else FEW_ROWS)
+    return wide and small and (few or ragged)
 
 
 def may_filter(form: Any, call: Call, gradients: int) -> bool:

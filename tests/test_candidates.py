@@ -18,10 +18,11 @@ FUNCTIONS = (c3t.lax.conv_transpose, jax.lax.conv_transpose)
 
 
 def chosen(
-    space=(1, 8, 8), kernel=(1, 5, 5), channels=256, filters=128, batch=1, kind="outputs", dtype="float32", **changes
-) -> str:
+    space=(1, 8, 8), kernel=(1, 5, 5), channels=256, filters=128, batch=1, kind="outputs", dtype="float32",
+    padding="same", **changes
+) -> str:  # fmt: skip
     strides = tuple(min(2, k) for k in kernel)
-    described = form(kernel, strides, channels, filters, space, "same", dtype)
+    described = form(kernel, strides, channels, filters, space, padding, dtype)
     return _choice.choose(kind, "cpu", dataclasses.replace(described, **{"origin": LAST} | changes), batch)
 
 
@@ -41,6 +42,16 @@ def test_more_inputs_may_meet_them_where_products_are_few() -> None:
     assert chosen(**more | {"filters": 81}) != "dilated"
     assert chosen(**more | {"channels": 63}) != "dilated"
     assert chosen(space=(1, 16, 16), channels=64, filters=32) != "dilated"  # 256 inputs
+
+
+def test_planes_whose_last_cells_stick_out_are_the_platforms_where_products_are_few() -> None:
+    ragged = {"space": (1, 32, 32), "channels": 64, "filters": 81, "padding": "valid"}  # 7.9 MiB
+    assert chosen(**ragged) == "dilated"
+    assert chosen(**ragged | {"filters": 82}) != "dilated"
+    assert chosen(**ragged | {"channels": 63}) != "dilated"
+    assert chosen(**ragged | {"padding": "same"}) != "dilated"
+    assert chosen(**ragged | {"kernel": (1, 4, 4)}) != "dilated"  # no cell sticks out
+    assert chosen(**ragged | {"kernel": (1, 3, 3)}) != "dilated"  # few taps
 
 
 def test_the_platform_reads_small_kernels_of_vectors_as_they_lie() -> None:
