@@ -24,8 +24,8 @@ MANY_TAPS, FEW_ROWS, SMALL, WIDE = 25, range(64, 128), 8 << 20, 32
 """Taps, inputs, bytes of the kernel, channels and filters where XLA's own transposed convolution of a plane or a line
 is as quick as `matmul` or quicker: it copies no kernel, and one thread soon has the sums of so few products."""
 
-MORE_ROWS, FEW_PRODUCTS, CHANNELS = range(64, 256), 3 << 19, 64
-"""The same for more inputs: bytes of their products, and channels."""
+MORE_ROWS, FEW_PRODUCTS, CHANNELS, LINE_TAPS = range(64, 256), 3 << 19, 64, 10
+"""The same for more inputs: bytes of their products, and channels; and taps of a line there."""
 
 RAGGED_PRODUCTS = 8 << 20
 """The same, of such channels, where the phases would be written apart before they are put in order and cut."""
@@ -68,7 +68,8 @@ def is_short(form: Any, call: Call) -> bool:
     wide = min(form.channels, form.filters) >= WIDE
     taps, rows = math.prod(axis.k for axis in form.geometry), _matmul_plans.inputs_of(call)
     held = _matmul_plans.held(call) if form.channels >= CHANNELS else math.inf
-    few = taps >= MANY_TAPS and rows in (MORE_ROWS if held <= FEW_PRODUCTS else FEW_ROWS)
+    least = LINE_TAPS if dilated.is_line(form.geometry) else MANY_TAPS
+    few = (taps >= MANY_TAPS and rows in FEW_ROWS) or (taps >= least and rows in MORE_ROWS and held <= FEW_PRODUCTS)
     ragged = held <= RAGGED_PRODUCTS and _laid_out.is_written_apart(form.geometry)
     small = _matmul_plans.kernel_values(call) * call.itemsize <= SMALL
     return wide and small and (few or ragged)

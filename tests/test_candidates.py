@@ -42,6 +42,11 @@ def test_more_inputs_may_meet_them_where_products_are_few() -> None:
     assert chosen(**more | {"filters": 81}) != "dilated"
     assert chosen(**more | {"channels": 63}) != "dilated"
     assert chosen(space=(1, 16, 16), channels=64, filters=32) != "dilated"  # 256 inputs
+    line = {"space": (1, 1, 128), "kernel": (1, 1, 10), "channels": 128}
+    assert chosen(**line) == "dilated"
+    assert chosen(**line | {"kernel": (1, 1, 9)}) != "dilated"
+    assert chosen(**line | {"filters": 320}) != "dilated"
+    assert chosen(space=(1, 8, 16), kernel=(1, 2, 5), channels=128) != "dilated"  # a plane
 
 
 def test_planes_whose_last_cells_stick_out_are_the_platforms_where_products_are_few() -> None:
