@@ -60,6 +60,7 @@ CALLS = {
     "U-Net, bottleneck, 2-D, k2 s2": Call((4, 32, 32, 256), (2, 2, 256, 128), (2, 2)),
     "the same of 1024 channels": Call((2, 28, 28, 1024), (2, 2, 1024, 512), (2, 2)),
     "U-Net, 2-D, k3 s2": Call((1, 256, 256, 32), (3, 3, 32, 16), (2, 2)),
+    "the same, bottleneck of 1024 channels": Call((2, 28, 28, 1024), (3, 3, 1024, 512), (2, 2)),
     "without strides, 2-D, k5": Call((2, 128, 128, 32), (5, 5, 32, 32), (1, 1)),
     "image of 512 channels, 2-D, k3 s2": Call((4, 28, 28, 512), (3, 3, 512, 3), (2, 2)),
     "the same of 32 channels, k5 s2, VALID": Call((4, 28, 28, 32), (5, 5, 32, 32), (2, 2), "VALID"),

@@ -63,7 +63,7 @@ CONVOLVED = {"outputs": 1, "affine": 1, "tangent": 1, "inputs": 1, "kernel": 1.3
 LONG, PATCHED = 5, 1.5
 """Taps of a line from which on patches for its gradients take longer than the rule says, and how much."""
 
-PLANE_CALL, PLANE_PRODUCT = 30_000, 0.05
+PLANE_CALL, PLANE_PRODUCT = 60_000, 0.05
 """Nanoseconds that `matmul` takes beyond the rule in a plane without strides: for a call, and for a product."""
 
 WORTH = 0.85
