@@ -60,7 +60,7 @@ def may_convolve(kind: str, form: Any) -> bool:
 
 
 def is_short(form: Any, call: Call) -> bool:
-    """Whether the one product of `matmul` is short, and XLA's transposed convolution reads the kernel as it lies."""
+    """Whether the product of `matmul` is short, or is put in order twice, and XLA's own reads the kernel as it lies."""
     plain = form.groups == 1 and all(dtype == jnp.float32 for dtype in (form.sums, *form.dtypes))
     as_it_lies = form.origin.mirrored and form.origin.filters_last and not form.channels_first
     if not (plain and as_it_lies and dilated.is_transposed(form.geometry)):

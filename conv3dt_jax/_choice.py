@@ -162,7 +162,7 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         costs["matmul"] += TRANSPOSED * sum(math.prod(shape) for shape in shapes)
     name = min(costs, key=lambda name: costs[name] / (WORTH if name == "winograd" else 1))
     if name == "matmul" and _candidates.is_short(form, call):
-        return "dilated", "few inputs under many taps: the platform's transposed convolution"
+        return "dilated", "few products under many taps: the platform's transposed convolution"
     return name, " against ".join(f"{name} {ns / 1e6:.2g} ms" for name, ns in costs.items()) + " by the cost rule"
 
 

@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
+import jax
 import pytest
 
+import conv3dt_jax as c3t
 from conv3dt_jax import _choice
 from conv3dt_jax.lowerings import _matmul_plans
 from conv3dt_jax.lowerings._origin import Origin
@@ -106,6 +109,16 @@ def test_rows_of_a_plane_are_for_wide_ones_that_leave_out_products() -> None:
 def test_blocks_of_planes_and_lines_grow_with_the_kernel_that_each_reads(channels, filters, expected) -> None:
     call = taps_call(8, (1, 64, 64), (1, 3, 3), channels, filters)
     assert _matmul_plans.block_bytes(call) == expected
+
+
+def test_blocks_are_as_large_as_that() -> None:
+    """Of whole samples; and of rows of one, which are counted as they are traced."""
+    span = _matmul_plans.samples(taps_call(64, (1, 8, 8), (1, 4, 4), 256, 128))  # half a MiB each
+    assert (span.count, span.block) == (4, 16)
+    x, w = jax.ShapeDtypeStruct((1, 64, 64, 1024), "float32"), jax.ShapeDtypeStruct((3, 3, 1024, 512), "float32")
+    with mock.patch.object(_matmul_plans, "spans", wraps=_matmul_plans.spans) as asked:
+        jax.jit(functools.partial(c3t.lax.conv_transpose, strides=(2, 2), padding="SAME")).lower(x, w)
+    assert {call.args[-1] for call in asked.call_args_list} == {20 << 20}
 
 
 def test_blocks_of_others_stay_in_the_cache() -> None:
