@@ -115,6 +115,8 @@ def test_blocks_are_as_large_as_that() -> None:
     """Of whole samples; and of rows of one, which are counted as they are traced."""
     span = _matmul_plans.samples(taps_call(64, (1, 8, 8), (1, 4, 4), 256, 128))  # half a MiB each
     assert (span.count, span.block) == (4, 16)
+    assert _matmul_plans.by_samples(taps_call(4, (1, 28, 28), (1, 3, 3)))  # 13.8 MiB each
+    assert not _matmul_plans.by_samples(taps_call(4, (1, 34, 34), (1, 3, 3)))  # 20.3
     x, w = jax.ShapeDtypeStruct((1, 64, 64, 1024), "float32"), jax.ShapeDtypeStruct((3, 3, 1024, 512), "float32")
     with mock.patch.object(_matmul_plans, "spans", wraps=_matmul_plans.spans) as asked:
         jax.jit(functools.partial(c3t.lax.conv_transpose, strides=(2, 2), padding="SAME")).lower(x, w)
