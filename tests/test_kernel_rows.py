@@ -195,7 +195,7 @@ def test_values_and_gradients_of_one_tap_after_the_other_are_those_of_jax(
 
 
 def test_one_tap_after_the_other_copies_no_inputs() -> None:
-    """No product holds more than the inputs as they are, the products of all and the taps' matrices."""
+    """What is held are the products, and a few of the taps' matrices."""
     x, w = jax.ShapeDtypeStruct((2, 28, 28, 1024), "float32"), jax.ShapeDtypeStruct((3, 3, 1024, 512), "float32")
     compiled = jax.jit(lambda x, w: c3t.lax.conv_transpose(x, w, (2, 2), "SAME")).lower(x, w).compile()
     products = 2 * 28 * 28 * 9 * 512 * 4
