@@ -157,7 +157,7 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
             costs["phases"] *= PATCHED
         if not GRADIENTS[kind] and not dilated.is_line(form.geometry):
             costs["matmul"] += PLANE_CALL + PLANE_PRODUCT * _matmul_plans.products_of(call)
-    if form.channels_first and "matmul" in costs:
+    if form.channels_first and "matmul" in costs and not _matmul_plans.by_planes(call):
         shapes = (form.inputs_shape(call.batch), form.outputs_shape(call.batch))
         costs["matmul"] += TRANSPOSED * sum(math.prod(shape) for shape in shapes)
     name = min(costs, key=lambda name: costs[name] / (WORTH if name == "winograd" else 1))
@@ -216,7 +216,7 @@ def run(kind: str, platform: str, form: Any, *operands: jax.Array) -> Any:
         static["interpret"] = platform not in GPUS
     if name in ("matmul", "dilated") and y is None:
         static["origin"] = form.origin
-    moved = form.channels_first and name not in _EITHER_LAYOUT
+    moved = form.channels_first and name not in _EITHER_LAYOUT and not (name == "matmul" and y is None)
     if form.channels_first and not moved:
         static["channels_first"] = True
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in (sums, *form.dtypes)):

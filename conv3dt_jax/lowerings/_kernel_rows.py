@@ -95,8 +95,10 @@ def every_tap(
     origin: Origin,
 ) -> jax.Array:
     """``(N, D, H, W, C)`` times all taps of a kernel as it lies, in order: ``(N, D, H, W, kd, kh, kw, F)``."""
-    if origin.filters_last and origin.mirrored:  # its transposition is a copy, which may turn the taps too
-        kernel, origin = jnp.flip(kernel, (0, 1, 2)), Origin(filters_last=True)
+    more = math.prod(inputs.shape[:-1]) > inputs.shape[-1] if isinstance(inputs.shape[0], int) else True
+    if origin.mirrored and (origin.filters_last or more):
+        # its transposition is a copy, which may turn the taps too; or there are more products than it has values
+        kernel, origin = jnp.flip(kernel, (0, 1, 2)), Origin(filters_last=origin.filters_last)
     dim = 3 if origin.filters_last else 4
     taps = product(inputs, kernel, dim, precision=precision, accumulate=accumulate)
     return jnp.flip(taps, (4, 5, 6)) if origin.mirrored else taps

@@ -45,33 +45,60 @@ def lay_out(taps: jax.Array, geometry: Geometry, *, phase_by_phase: bool, taps_f
     return taps
 
 
+def lay_out_planes(taps: jax.Array, geometry: Geometry, *, mirrored: bool) -> jax.Array:
+    """``(kd, kh, kw, N, D, H, W)`` to ``(N, *out)``: width is last, and of several phases each is written apart.
+
+    With ``mirrored`` the last taps come first.
+    """
+    taps = taps[..., None]
+    if not is_few(geometry):
+        taps = jnp.flip(taps, (0, 1, 2)) if mirrored else taps
+        return lay_out(taps, geometry, phase_by_phase=False, taps_first=True)[..., 0]
+    parts = _apart(taps)
+    if mirrored:  # named anew: to turn the products around is a pass over them
+        parts = dict(zip(reversed(parts), parts.values(), strict=True))
+    phases = summed(_placed(parts, geometry), geometry)
+    alternate = max(axis.s for axis in geometry) <= 2
+    found = _stacked(phases, geometry) if alternate else _from_the_filters(phases, geometry)
+    return _cut(found, geometry)[..., 0]
+
+
 def in_one_pass(geometry: Geometry) -> bool:
     """Whether products overlap, in more than a line, and are so few for an input that each may be an operation."""
+    line = sum(axis.k * axis.s > 1 for axis in geometry) == 1
+    return is_few(geometry) and not line and any(axis.overlaps for axis in geometry)
+
+
+def is_few(geometry: Geometry) -> bool:
+    """Whether the products of an input are so few that each may be an operation; none comes round from the end."""
     if any(axis.wraps or not isinstance(axis.out, int) for axis in geometry):
         return False
-    if sum(axis.k * axis.s > 1 for axis in geometry) == 1:
-        return False
     pieces = max(math.prod(axis.k for axis in geometry), math.prod(axis.s for axis in geometry))
-    most = PLANE_TAPS if any(map(is_still, geometry)) else FEW_TAPS
-    return any(axis.overlaps for axis in geometry) and pieces <= most
+    return pieces <= (PLANE_TAPS if any(map(is_still, geometry)) else FEW_TAPS)
 
 
 def _phase_by_phase(parts: Parts, geometry: Geometry, *, rows: bool) -> jax.Array:
     """One pass over the products: each output of a cell is the sum of the taps, or rows of taps, that fall on it."""
     axes = geometry[: 2 if rows else 3]
+    if rows:
+        k = geometry[2].k
+        parts = {
+            place: overlap_add(part.reshape(*part.shape[:-1], k, part.shape[-1] // k), 3, geometry[2])
+            for place, part in parts.items()
+        }
+    return interleaved(summed(_placed(parts, axes), axes), axes)
+
+
+def _placed(parts: Parts, axes: Sequence[Axis]) -> Parts:
+    """Among all cells of the first axes, with zeros around."""
     terms = {}
     for place, part in parts.items():
-        padding = [(0, 0, 0)]
-        for tap, axis in zip(place, axes, strict=True):
+        padding = [(0, 0, 0)] * part.ndim
+        for dim, (tap, axis) in enumerate(zip(place, axes, strict=True), start=1):
             cell = (tap * axis.d - axis.lo) // axis.s
-            padding.append((cell, cells(axis) - axis.n - cell, 0))
-        if rows:
-            *space, columns = part.shape
-            k = geometry[2].k
-            part = overlap_add(part.reshape(*space, k, columns // k), 3, geometry[2])
-            padding.append((0, 0, 0))
-        terms[place] = lax.pad(part, jnp.zeros((), part.dtype), [*padding, (0, 0, 0)])
-    return interleaved(summed(terms, axes), axes)
+            padding[dim] = (cell, cells(axis) - axis.n - cell, 0)
+        terms[place] = lax.pad(part, jnp.zeros((), part.dtype), padding)
+    return terms
 
 
 def _columns(taps: jax.Array, *, rows: bool) -> Parts:
@@ -131,6 +158,12 @@ def interleaved(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) 
             return _cut(_from_the_filters(phases, axes), axes)
         if math.prod(axis.s for axis in axes) <= FEW_PHASES:
             return functools.reduce(jnp.add, (_spread(phase, place, axes) for place, phase in phases.items()))
+    return _cut(_stacked(phases, axes), axes)
+
+
+def _stacked(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) -> jax.Array:
+    """In order, with what sticks out."""
+    some = next(iter(phases.values()))
 
     def stacked(place: tuple[int, ...]) -> jax.Array:
         dim = len(place)
@@ -140,7 +173,7 @@ def interleaved(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) 
         found = jnp.stack(parts, dim + 2)
         return lax.collapse(found, dim + 1, dim + 3)
 
-    return _cut(stacked(()), axes)
+    return stacked(())
 
 
 def _is_ragged(axes: Sequence[Axis]) -> bool:

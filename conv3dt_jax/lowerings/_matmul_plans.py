@@ -66,6 +66,14 @@ KERNELS, LARGE_BLOCK = 4, 20 << 20
 """Products of a block, in bytes of the kernel, which every block reads again; and their bytes, if these are more than
 of other blocks."""
 
+PLANES_WHOLE, PLANES_BLOCK = 13 << 20, 4 << 20
+"""Bytes of products up to which a result with the filters second has no blocks, and of a block of several samples; or
+as much as the kernel holds."""
+
+FILTERS_BLOCK, READ_AGAIN, FEW_CHANNELS = 8 << 20, 2, 8
+"""Bytes of products of a block of filters; or so many times what a sample holds. Where a channel has so many times as
+many values as there are channels: else the kernel is the more that is read again."""
+
 OPERANDS = 4
 """`tile_bytes` in the bytes of operands and result: as much may the products of all rows hold, and a block at least."""
 
@@ -177,6 +185,30 @@ def samples(call: Call) -> _tiles.Span:
     """Blocks of them."""
     each = max(held(call) // call.batch, 1)
     return _tiles.plan((call.batch, 1, 1, 1, 1), each, block_bytes(call))[0]
+
+
+def by_planes(call: Call) -> bool:
+    """Whether a result with the filters second is made as such, see `_planes`; on a CPU."""
+    lifted = _on_cpu(call) and _is_lifted(call.geometry)
+    if not (call.channels_first and lifted and call.groups == 1 and call.batch) or is_elementwise(call):
+        return False
+    return all(isinstance(axis.out, int) and not axis.wraps for axis in call.geometry)
+
+
+def plane_spans(call: Call) -> tuple[_tiles.Span, _tiles.Span]:
+    """Blocks of samples and of filters then: several samples, one of them, or some filters of one.
+
+    Each reads its part of the kernel again, and those of filters the sample.
+    """
+    kernel, filters = kernel_values(call) * call.itemsize, _tiles.Span(call.filters, call.filters)
+    if held(call) <= max(PLANES_WHOLE, kernel):
+        return _tiles.Span(call.batch, call.batch), filters
+    each, values = held(call) // call.batch, inputs_of(call) // call.batch
+    samples = _tiles.plan((call.batch, 1, 1, 1, 1), each, max(PLANES_BLOCK, kernel))[0]
+    room = max(FILTERS_BLOCK, READ_AGAIN * values * call.channels * call.itemsize)
+    if call.channels * FEW_CHANNELS <= values and each > room:
+        filters = _tiles.Span(call.filters, _tiles.block_of(call.filters, max(room * call.filters // each, 1)))
+    return samples, filters
 
 
 def rows_apart(call: Call) -> bool:

@@ -28,6 +28,10 @@ EVEN_LEAST, EVEN_ROWS, EVEN_CHANNELS = 30_000_000, 256, (64, 256)
 MANY_ROWS = 4096
 """Rows from which on they may be summed over more channels: YNNPACK takes longer for each then."""
 
+PLANE_ROWS, PLANE_CHANNELS, PLANE_COLUMNS, ALIKE = 1024, 256, 128, 2048
+"""The least of a product of a kernel and planes for Eigen, but not with a multiple of so many columns: its lines in the
+cache are the same for all channels then, and Eigen takes twice as long."""
+
 TURNED = 1024
 """Rows from which on either is worth a turned copy of a kernel whose channels lie last, as YNNPACK reads it."""
 
@@ -62,16 +66,8 @@ def on_cpu(values: jax.Array, kernel: jax.Array, dim: int, *, precision: Any, ac
     rows = math.prod(values.shape[:-1])
     turned = dim == kernel.ndim - 1
     if is_for_eigen(rows, channels, columns, accumulate, values.dtype, kernel.dtype, turned=turned):
-        matrix = jnp.moveaxis(kernel, dim, 0).reshape(1, channels, columns)  # XLA makes no product of others in loops
-        found = CONV_GENERAL_DILATED(
-            values.reshape(1, rows, channels),
-            matrix,
-            window_strides=(1,),
-            padding="VALID",
-            dimension_numbers=("NWC", "WIO", "NWC"),
-            precision=precision,
-            preferred_element_type=accumulate,
-        )
+        matrix = jnp.moveaxis(kernel, dim, 0).reshape(channels, columns)
+        found = _by_eigen(values.reshape(rows, channels), matrix, precision, accumulate)
     elif filled(columns) > columns:
         matrix = jnp.moveaxis(kernel, dim, -1).reshape(columns, channels)
         matrix = jnp.pad(matrix, ((0, filled(columns) - columns), (0, 0)))
@@ -80,6 +76,31 @@ def on_cpu(values: jax.Array, kernel: jax.Array, dim: int, *, precision: Any, ac
     else:
         return plain(values, kernel, dim, precision=precision, accumulate=accumulate)
     return found.reshape(*values.shape[:-1], *others)
+
+
+def of_planes(kernel: jax.Array, planes: jax.Array, *, precision: Any, accumulate: DTypeLike) -> jax.Array:
+    """``(rows, C)`` times ``(C, values of the planes)``, on a CPU."""
+    rows, channels = kernel.shape
+    columns = planes.shape[1]
+    many = rows >= PLANE_ROWS and channels >= PLANE_CHANNELS and columns >= PLANE_COLUMNS
+    plain32 = all(jnp.dtype(dtype) == jnp.float32 for dtype in (accumulate, kernel.dtype, planes.dtype))
+    if many and plain32 and columns % ALIKE:
+        return _by_eigen(kernel, planes, precision, accumulate)
+    return plain(kernel, planes, 0, precision=precision, accumulate=accumulate)
+
+
+def _by_eigen(values: jax.Array, matrix: jax.Array, precision: Any, accumulate: DTypeLike) -> jax.Array:
+    """As a convolution with a window of one, of a sample: XLA makes no product of others in loops."""
+    found = CONV_GENERAL_DILATED(
+        values[None],
+        matrix[None],
+        window_strides=(1,),
+        padding="VALID",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        precision=precision,
+        preferred_element_type=accumulate,
+    )
+    return found[0]
 
 
 def is_for_eigen(rows: Any, channels: int, columns: int, *dtypes: DTypeLike, turned: bool = False) -> bool:

@@ -67,14 +67,14 @@ def plan(lengths: Sequence[Any], cell_bytes: int, tile_bytes: int) -> tuple[Span
     spans: list[Span] = []
     room = max(tile_bytes // max(cell_bytes, 1), 1)
     for length in reversed(lengths):
-        block = _block(length, room)
+        block = block_of(length, room)
         spans.append(Span(length, block))
         room = max(room // length, 1) if isinstance(length, int) and block == length else 1
     batch, _, depth, height, _ = reversed(spans)
     return batch, Span(lengths[1], 1), depth, height
 
 
-def _block(length: Any, most: int) -> int:
+def block_of(length: Any, most: int) -> int:
     """The size of blocks, above half of ``most`` where they can be, that does the fewest cells twice; the largest."""
     if not isinstance(length, int):
         return 1

@@ -16,7 +16,10 @@ GRADIENTS = {"outputs": 0, "affine": 0, "tangent": 0, "inputs": 1, "kernel": 1, 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The sizes of one call. Channels and filters count all groups; a symbolic batch counts as one sample."""
+    """The sizes of one call. Channels and filters count all groups; a symbolic batch counts as one sample.
+
+    ``channels_first`` is about the outputs.
+    """
 
     geometry: Geometry
     batch: int
@@ -25,13 +28,13 @@ class Call:
     groups: int
     itemsize: int
     tile_bytes: int
+    channels_first: bool = False
 
     @classmethod
     def of(cls, form: Any, batch: Any, tile_bytes: int) -> Call:
         samples = batch if isinstance(batch, int) else 1
-        return cls(
-            form.geometry, samples, form.channels, form.filters, form.groups, form.sums.itemsize, tile_bytes
-        )  # fmt: skip
+        sizes = (form.channels, form.filters, form.groups, form.sums.itemsize, tile_bytes)
+        return cls(form.geometry, samples, *sizes, channels_first=form.channels_first)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
-from conv3dt_jax.lowerings import _adjoint, _blocks, _kernel_rows, _matmul_plans, _products, _samples, _tiles
+from conv3dt_jax.lowerings import _adjoint, _blocks, _kernel_rows, _matmul_plans, _planes, _products, _samples, _tiles
 from conv3dt_jax.lowerings._cells import cells, shifts, span, walk
 from conv3dt_jax.lowerings._laid_out import lay_out
 from conv3dt_jax.lowerings._origin import AS_GIVEN, Origin
@@ -57,16 +57,40 @@ def outputs(
     bias: jax.Array | None = None,
     origin: Origin = AS_GIVEN,
     transposed: bool = False,
+    channels_first: bool = False,
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``, of dtype ``result``.
 
-    The kernel is taken as it lies, by its ``origin``. With ``transposed`` the transpose is what is asked for.
+    The kernel is taken as it lies, by its ``origin``. With ``transposed`` the transpose is what is asked for. With
+    ``channels_first`` the result has the filters second.
     """
     on_cpu = tile_bytes <= _tiles.LARGEST
     product = _products.on_cpu if on_cpu and not transposed else _products.plain
     batch = inputs.shape[0] if isinstance(inputs.shape[0], int) else 1
     sizes = (inputs.shape[-1], kernel.shape[3] * groups, groups, jnp.dtype(accumulate).itemsize, tile_bytes)
-    call = Call(geometry, batch, *sizes)
+    call = Call(geometry, batch, *sizes, channels_first=channels_first)
+    if isinstance(inputs.shape[0], int) and _matmul_plans.by_planes(call):
+        result = _tiles.widest(accumulate, inputs, kernel) if result is None else result
+        static: dict[str, Any] = {"precision": precision, "accumulate": accumulate, "result": result}
+        spans = _matmul_plans.plane_spans(call)
+        return _planes.outputs(inputs, kernel, geometry, spans, bias=bias, origin=origin, **static)
+    found = _filters_last(inputs, kernel, call, product, precision, accumulate, result, bias, origin)
+    return jnp.moveaxis(found, -1, 1) if channels_first else found
+
+
+def _filters_last(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    call: Call,
+    product: _products.Product,
+    precision: lax.PrecisionLike,
+    accumulate: DTypeLike,
+    result: DTypeLike | None,
+    bias: jax.Array | None,
+    origin: Origin,
+) -> jax.Array:
+    geometry, groups, tile_bytes = call.geometry, call.groups, call.tile_bytes
+    on_cpu = tile_bytes <= _tiles.LARGEST
     if all(isinstance(axis.out, int) for axis in geometry) and _matmul_plans.in_blocks(call):
         if _matmul_plans.by_samples(call):
             result = _tiles.widest(accumulate, inputs, kernel) if result is None else result

@@ -1,0 +1,63 @@
+"""Results with the filters second: the kernel times the inputs, so that a row of products is a plane of the result.
+
+Nothing is transposed but the inputs of several samples, whole planes at a time. Blocks are of samples or of filters,
+which share no rims; each is one piece of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from conv3dt_jax._geometry import Geometry
+from conv3dt_jax.lowerings import _products, _tiles
+from conv3dt_jax.lowerings._laid_out import lay_out_planes
+from conv3dt_jax.lowerings._origin import Origin
+
+
+def outputs(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    geometry: Geometry,
+    spans: Sequence[_tiles.Span],
+    *,
+    precision: lax.PrecisionLike,
+    accumulate: DTypeLike,
+    result: DTypeLike,
+    bias: jax.Array | None,
+    origin: Origin,
+) -> jax.Array:
+    """``(N, D, H, W, C)`` and ``(kd, kh, kw, F, C)`` to ``(N, F, *out)``; ``spans`` are of the samples and filters.
+
+    A kernel whose channels lie before its filters is copied, and turned around on the way; of another the products are.
+    """
+    dtype, sums = _tiles.operand_dtype(accumulate, inputs, kernel), _tiles.widest(accumulate, inputs, kernel)
+    *window, filters, channels = kernel.shape
+    turned = origin.mirrored and not origin.filters_last
+    matrices = (jnp.flip(kernel, (0, 1, 2)) if turned else kernel).astype(dtype).reshape(-1, filters, channels)
+    held = _tiles.Held.of(jnp.moveaxis(inputs, -1, 1))
+    samples, each = (span.block for span in spans)
+
+    def body(starts: Sequence[Any], found: jax.Array) -> jax.Array:
+        sample, first = starts
+        slab = _tiles.values(held.cut([sample, 0, 0, 0, 0], [samples, *held.shape[1:]]), held.dtype)
+        matrix = matrices if each == filters else _tiles.cut(matrices, [0, first, 0], [len(matrices), each, channels])
+
+        def finished() -> jax.Array:
+            columns = slab.astype(dtype).swapaxes(0, 1).reshape(channels, -1)
+            rows = matrix.reshape(-1, channels)
+            taps = _products.of_planes(rows, columns, precision=precision, accumulate=sums)
+            taps = taps.reshape(*window, each * samples, *held.shape[2:])
+            laid = lay_out_planes(taps, geometry, mirrored=turned)
+            laid = laid.reshape(each, samples, *laid.shape[1:]).swapaxes(0, 1)
+            return _tiles.bits(_tiles.plus(laid, bias, first, dim=1).astype(result))
+
+        return _tiles.put(found, _tiles.materialized(finished, starts), [sample, first, 0, 0, 0])
+
+    empty = jnp.zeros((inputs.shape[0], filters, *(axis.out for axis in geometry)), result)
+    return _tiles.values(_tiles.for_each_tile(spans, body, _tiles.bits(empty)), result)
