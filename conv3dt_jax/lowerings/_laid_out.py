@@ -58,8 +58,9 @@ def lay_out_planes(taps: jax.Array, geometry: Geometry, *, mirrored: bool) -> ja
     if mirrored:  # named anew: to turn the products around is a pass over them
         parts = dict(zip(reversed(parts), parts.values(), strict=True))
     phases = summed(_placed(parts, geometry), geometry)
-    alternate = max(axis.s for axis in geometry) <= 2
-    found = _stacked(phases, geometry) if alternate else _from_the_filters(phases, geometry)
+    moving = sum(axis.k * axis.s > 1 for axis in geometry)
+    many = moving > 1 and max(axis.s for axis in geometry) > 2 and any(axis.overlaps for axis in geometry)
+    found = _from_the_front(phases, geometry) if many else _stacked(phases, geometry)
     return _cut(found, geometry)[..., 0]
 
 
@@ -197,6 +198,18 @@ def _from_the_filters(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[A
     pairs = [dim for first in range(1, n + 1) for dim in (first, first + n)]
     sizes = [size * axis.s for size, axis in zip(some.shape[1:], axes, strict=False)]
     return found.transpose(0, *pairs, 2 * n + 1).reshape(some.shape[0], *sizes, some.shape[-1])
+
+
+def _from_the_front(phases: dict[tuple[int, ...], jax.Array], axes: Sequence[Axis]) -> jax.Array:
+    """One phase after the other, then put in order: of planes, whose last axis is as long as one filter."""
+    some = next(iter(phases.values()))
+    places = itertools.product(*(range(axis.s) for axis in axes))
+    found = jnp.concatenate([phases.get(place, jnp.zeros_like(some)) for place in places])
+    n = len(axes)
+    found = found.reshape(*(axis.s for axis in axes), *some.shape)
+    pairs = [dim for axis in range(n) for dim in (n + 1 + axis, axis)]
+    sizes = [size * axis.s for size, axis in zip(some.shape[1:], axes, strict=False)]
+    return found.transpose(n, *pairs, 2 * n + 1).reshape(some.shape[0], *sizes, some.shape[-1])
 
 
 def _cut(cells: jax.Array, axes: Sequence[Axis]) -> jax.Array:

@@ -6,6 +6,7 @@ which share no rims; each is one piece of the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ def outputs(
     matrices = (jnp.flip(kernel, (0, 1, 2)) if turned else kernel).astype(dtype).reshape(-1, filters, channels)
     held = _tiles.Held.of(jnp.moveaxis(inputs, -1, 1))
     samples, each = (span.block for span in spans)
+    batched = _products.is_batched(samples, len(matrices) * each, channels, math.prod(inputs.shape[1:4]))
 
     def body(starts: Sequence[Any], found: jax.Array) -> jax.Array:
         sample, first = starts
@@ -49,12 +51,20 @@ def outputs(
         matrix = matrices if each == filters else _tiles.cut(matrices, [0, first, 0], [len(matrices), each, channels])
 
         def finished() -> jax.Array:
-            columns = slab.astype(dtype).swapaxes(0, 1).reshape(channels, -1)
+            planes = slab.astype(dtype).reshape(samples, channels, -1)
             rows = matrix.reshape(-1, channels)
-            taps = _products.of_planes(rows, columns, precision=precision, accumulate=sums)
+            if batched:
+                taps = _products.of_each(rows, planes, precision=precision, accumulate=sums)
+                taps = jnp.moveaxis(taps.reshape(samples, -1, each, planes.shape[-1]), 0, 1)
+            else:
+                columns = planes.swapaxes(0, 1).reshape(channels, -1)
+                taps = _products.of_planes(rows, columns, precision=precision, accumulate=sums)
             taps = taps.reshape(*window, each * samples, *held.shape[2:])
             laid = lay_out_planes(taps, geometry, mirrored=turned)
-            laid = laid.reshape(each, samples, *laid.shape[1:]).swapaxes(0, 1)
+            if batched:
+                laid = laid.reshape(samples, each, *laid.shape[1:])
+            else:
+                laid = laid.reshape(each, samples, *laid.shape[1:]).swapaxes(0, 1)
             return _tiles.bits(_tiles.plus(laid, bias, first, dim=1).astype(result))
 
         return _tiles.put(found, _tiles.materialized(finished, starts), [sample, first, 0, 0, 0])

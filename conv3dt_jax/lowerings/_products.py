@@ -32,6 +32,10 @@ PLANE_ROWS, PLANE_CHANNELS, PLANE_COLUMNS, ALIKE = 1024, 256, 128, 2048
 """The least of a product of a kernel and planes for Eigen, but not with a multiple of so many columns: its lines in the
 cache are the same for all channels then, and Eigen takes twice as long."""
 
+BATCHED, NARROW = 4_000_000, 4
+"""Multiply-adds up to which the planes of several samples are not brought together first; where the kernel, of which
+each sample has a copy then, has no more rows than so many times the values of a plane."""
+
 TURNED = 1024
 """Rows from which on either is worth a turned copy of a kernel whose channels lie last, as YNNPACK reads it."""
 
@@ -87,6 +91,18 @@ def of_planes(kernel: jax.Array, planes: jax.Array, *, precision: Any, accumulat
     if many and plain32 and columns % ALIKE:
         return _by_eigen(kernel, planes, precision, accumulate)
     return plain(kernel, planes, 0, precision=precision, accumulate=accumulate)
+
+
+def of_each(kernel: jax.Array, planes: jax.Array, *, precision: Any, accumulate: DTypeLike) -> jax.Array:
+    """``(rows, C)`` times ``(N, C, values)``: ``(N, rows, values)``."""
+    kernels = jnp.broadcast_to(kernel, (planes.shape[0], *kernel.shape))
+    contract = (((2,), (1,)), ((0,), (0,)))
+    return lax.dot_general(kernels, planes, contract, precision=precision, preferred_element_type=accumulate)
+
+
+def is_batched(samples: int, rows: int, channels: int, values: int) -> bool:
+    """Whether `of_each` is quicker than `of_planes`, which takes a copy of all planes."""
+    return samples > 1 and samples * rows * channels * values <= BATCHED and rows <= NARROW * values
 
 
 def _by_eigen(values: jax.Array, matrix: jax.Array, precision: Any, accumulate: DTypeLike) -> jax.Array:
