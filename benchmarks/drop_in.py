@@ -35,12 +35,23 @@ MOST_ROUNDS, ENOUGH = 101, 0.5
 
 
 class Call(NamedTuple):
-    """The shapes of its operands, and arguments."""
+    """The shapes of its operands with the channels last, and arguments; how the operands lie, see `LAYOUTS`."""
 
     inputs: Sequence[int]
     kernel: Sequence[int]
     strides: Sequence[int]
     padding: str = "SAME"
+    layout: str = "last"
+
+
+LAYOUTS = {
+    "last": ("N*C", "*IO", False),
+    "first": ("NC*", "OI*", False),
+    "Keras, last": ("N*C", "*IO", True),
+    "Keras, first": ("NC*", "*IO", True),
+}
+"""Of the inputs and the kernel, stars for the spatial axes; and whether the kernel is transposed. Flax calls "last",
+Equinox "first"; Haiku does as Keras."""
 
 
 CALLS = {
@@ -68,6 +79,24 @@ CALLS = {
     "U-Net, 3-D, k3 s2": Call((1, 32, 32, 32, 32), (3, 3, 3, 32, 32), (2, 2, 2)),
 }
 
+CHANNELS_FIRST = [
+    "vocoder, 1-D, k16 s8",
+    "wave U-Net, 1-D, k4 s2",
+    "DCGAN, first layer, 2-D, k4 s2",
+    "DCGAN, second layer, 2-D, k4 s2",
+    "DCGAN, third layer, 2-D, k4 s2",
+    "DCGAN, last layer, 2-D, k4 s2",
+    "DCGAN, third layer of 8 samples, 2-D, k4 s2",
+    "DCGAN, first layer of one sample, 2-D, k4 s2",
+    "U-Net, 2-D, k2 s2",
+    "the same of 1024 channels",
+    "U-Net, 2-D, k3 s2",
+    "the same, bottleneck of 1024 channels",
+    "U-Net, 3-D, k2 s2",
+    "U-Net, 3-D, k3 s2",
+]
+"""Those of `CALLS` that are measured so too."""
+
 CODE = (8, 4, 4, 256)
 WIDTHS = (128, 64, 3)
 """Of the models: a decoder from 4 x 4 to 32 x 32 pixels."""
@@ -75,26 +104,41 @@ WIDTHS = (128, 64, 3)
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
-def pairs_of(name: str) -> tuple[Pair, Pair]:
+def pairs_of(name: str, layout: str) -> tuple[Pair, Pair]:
     """The plain and the fast program of a call or a model: forward, and with gradients."""
-    return _of_a_model(MODELS[name]) if name in MODELS else _of_a_call(CALLS[name])
+    return _of_a_model(MODELS[name]) if name in MODELS else _of_a_call(CALLS[name]._replace(layout=layout))
 
 
 def forward_of(call: Call) -> Pair:
     """The plain and the fast program of a call."""
-    x, w = _normal(call.inputs, 0), _normal(call.kernel, 1)
-    plain, fast = (_compiled(function, x, w) for function in _functions(call))
+    operands = _operands(call)
+    plain, fast = (_compiled(function, *operands) for function in _functions(call))
     return plain, fast
 
 
+def _operands(call: Call) -> list[jax.Array]:
+    """Inputs and kernel, as they lie."""
+    *lhs, channels = call.inputs
+    *taps, inputs, outputs = call.kernel
+    first, kernel, transposed = LAYOUTS[call.layout]
+    lhs.insert(1 if first == "NC*" else len(lhs), channels)
+    features = (outputs, inputs) if transposed or kernel == "OI*" else (inputs, outputs)
+    rhs = (*features, *taps) if kernel == "OI*" else (*taps, *features)
+    return [_normal(lhs, 0), _normal(rhs, 1)]
+
+
 def _functions(call: Call) -> list[Callable[..., jax.Array]]:
+    letters = "DHW"[-len(call.strides) :]
+    lhs, rhs, transposed = LAYOUTS[call.layout]
+    numbers = tuple(spec.replace("*", letters) for spec in (lhs, rhs, lhs))
+    static: dict[str, Any] = {"strides": call.strides, "padding": call.padding, "dimension_numbers": numbers}
     functions: list[Callable[..., jax.Array]] = [jax.lax.conv_transpose, c3t.lax.conv_transpose]
-    return [functools.partial(function, strides=call.strides, padding=call.padding) for function in functions]
+    return [functools.partial(function, **static, transpose_kernel=transposed) for function in functions]
 
 
 def _of_a_call(call: Call) -> tuple[Pair, Pair]:
-    x, w = _normal(call.inputs, 0), _normal(call.kernel, 1)
-    plain, fast = (_compiled(_with_gradients(function), x, w) for function in _functions(call))
+    operands = _operands(call)
+    plain, fast = (_compiled(_with_gradients(function), *operands) for function in _functions(call))
     return forward_of(call), (plain, fast)
 
 
@@ -202,9 +246,9 @@ def measure(pair: Pair) -> tuple[float, float]:
     return statistics.median(found[0]), statistics.median(found[1])
 
 
-def row(name: str) -> list[str]:
+def row(name: str, layout: str = "last") -> list[str]:
     """Measured in a process of its own: what the heap holds from others changes the time of new pages."""
-    command = [sys.executable, "-m", "benchmarks.drop_in", "--one", name]
+    command = [sys.executable, "-m", "benchmarks.drop_in", "--one", name, layout]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     cells = [name]
     for plain, fast in json.loads(done.stdout.splitlines()[-1]):
@@ -215,12 +259,13 @@ def row(name: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drop_in", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/bench"))
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps([measure(pair) for pair in pairs_of(args.one)]))
+        print(json.dumps([measure(pair) for pair in pairs_of(*args.one)]))
         return
     rows = {name: row(name) for name in tqdm([*CALLS, *MODELS])}
+    first = [row(name, "first") for name in tqdm(CHANNELS_FIRST)]
     heads = ["forward, JAX, ms", "ours, ms", "faster", "with gradients, JAX, ms", "ours, ms", "faster"]
     facts = machine.facts("default")
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
@@ -230,6 +275,7 @@ def main() -> None:
         versions,
     ]
     parts.append(table(["`conv_transpose`", *heads], [rows[name] for name in CALLS]))
+    parts.append(table(["the same with the channels first, as Equinox calls it", *heads], first))
     parts.append(table(["model, a decoder of 4 x 4 to 32 x 32 pixels", *heads], [rows[name] for name in MODELS]))
     write_parts(parts, args.out / "drop-in.md")
 

@@ -67,9 +67,34 @@ def test_long_products_are_for_eigen_sooner_where_their_columns_are_uneven() -> 
     assert not _products.is_for_eigen(4096, 128, 800, f64, f64)
 
 
+def test_long_products_of_planes_are_for_eigen_unless_their_lines_fall_together() -> None:
+    def library(rows, channels, columns, dtype="float32"):
+        operands = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((rows, channels), (channels, columns)))
+        product = functools.partial(_products.of_planes, precision=None, accumulate=dtype)
+        return "Eigen" if "stablehlo.convolution" in jax.jit(product).lower(*operands).as_text() else "YNNPACK"
+
+    assert library(1024, 256, 128) == library(4608, 1024, 784) == library(1024, 256, 1024) == "Eigen"
+    assert library(1023, 256, 128) == library(1024, 255, 128) == library(1024, 256, 127) == "YNNPACK"
+    assert library(1024, 256, 2048) == library(1024, 256, 4096) == "YNNPACK"
+    assert library(1024, 256, 128, "bfloat16") == "YNNPACK"
+
+
+def test_planes_are_multiplied_where_they_lie_in_short_products() -> None:
+    assert _products.is_batched(4, 64, 32, 250)
+    assert not _products.is_batched(1, 64, 32, 250)
+    assert not _products.is_batched(4, 512, 32, 49)  # a copy of the kernel for each sample
+    assert _products.is_batched(4, 196, 32, 49)
+    assert not _products.is_batched(4, 197, 32, 49)
+    assert _products.is_batched(4, 250, 16, 250)
+    assert not _products.is_batched(4, 251, 16, 250)  # above 4 million
+    assert _products.is_batched(32, 27, 216, 784)
+    assert not _products.is_batched(32, 27, 215, 784)
+    assert not _products.is_batched(1, 27, 216, 784)
+
+
 CALLS = {
     "a plane at once": ((1, 1, 32, 32, 64), (1, 5, 5, 16, 64), "valid", "channels_last"),
-    "a plane with its channels second": ((1, 64, 1, 32, 32), (1, 5, 5, 16, 64), "valid", "channels_first"),
+    "a plane with its channels second": ((1, 256, 1, 32, 33), (1, 5, 5, 64, 256), "valid", "channels_first"),
     "samples": ((16, 8, 8, 8, 32), (3, 3, 3, 32, 32), "same", "channels_last"),
     "blocks of cells": ((1, 48, 48, 48, 64), (2, 2, 2, 20, 64), "same", "channels_last"),
 }

@@ -32,9 +32,10 @@ PLANE_ROWS, PLANE_CHANNELS, PLANE_COLUMNS, ALIKE = 1024, 256, 128, 2048
 """The least of a product of a kernel and planes for Eigen, but not with a multiple of so many columns: its lines in the
 cache are the same for all channels then, and Eigen takes twice as long."""
 
-BATCHED, NARROW = 4_000_000, 4
+BATCHED, NARROW, FEW_ROWS = 4_000_000, 4, 8
 """Multiply-adds up to which the planes of several samples are not brought together first; where the kernel, of which
-each sample has a copy then, has no more rows than so many times the values of a plane."""
+each sample has a copy then, has no more rows than so many times the values of a plane. And channels for each row from
+which on the inputs are so much that to move them takes longer than any such product."""
 
 TURNED = 1024
 """Rows from which on either is worth a turned copy of a kernel whose channels lie last, as YNNPACK reads it."""
@@ -102,7 +103,8 @@ def of_each(kernel: jax.Array, planes: jax.Array, *, precision: Any, accumulate:
 
 def is_batched(samples: int, rows: int, channels: int, values: int) -> bool:
     """Whether `of_each` is quicker than `of_planes`, which takes a copy of all planes."""
-    return samples > 1 and samples * rows * channels * values <= BATCHED and rows <= NARROW * values
+    short = samples * rows * channels * values <= BATCHED and rows <= NARROW * values
+    return samples > 1 and (short or rows * FEW_ROWS <= channels)
 
 
 def _by_eigen(values: jax.Array, matrix: jax.Array, precision: Any, accumulate: DTypeLike) -> jax.Array:
