@@ -23,6 +23,7 @@ every input, tap and filter, dearer where many make up an output, and the kernel
 gathered shifts of the inputs, the kernel's matrices and the result, while it multiplies some zeros; for `winograd` the
 transformed inputs, kernel and products, while it multiplies half to a third as often. Since it rounds more, it must
 save a seventh. For planes and lines without strides `dilated` is in question too: the convolution of the platform.
+Results with the filters second are transposed by `matmul`, value by value, but for planes and lines.
 """
 
 from __future__ import annotations

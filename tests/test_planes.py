@@ -154,6 +154,7 @@ def test_planes_have_blocks_where_their_products_leave_the_cache() -> None:
     assert blocks(2, space=(1, 64, 64)) == (1, 32)  # 8 MiB each
     assert blocks(2, space=(1, 64, 72)) == (1, 16)
     assert blocks(2, space=(1, 64, 72), channels=577) == (1, 32)  # the kernel is the more that is read again
+    assert blocks(1, space=(1, 64, 64), channels=1024, filters=512, kernel=(1, 3, 3)) == (1, 128)  # of 72 MiB
     assert blocks(1, space=(1, 256, 256), filters=8) == (1, 8)  # as much as the inputs twice
     assert blocks(1, space=(1, 256, 256), filters=12, channels=32) == (1, 4)
 

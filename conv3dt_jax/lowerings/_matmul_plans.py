@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -72,7 +73,7 @@ as much as the kernel holds."""
 
 FILTERS_BLOCK, READ_AGAIN, FEW_CHANNELS = 8 << 20, 2, 8
 """Bytes of products of a block of filters; or so many times what a sample holds. Where a channel has so many times as
-many values as there are channels: else the kernel is the more that is read again."""
+many values as there are channels, else from `WHOLE_PLANE` on: each block copies its part of the kernel."""
 
 OPERANDS = 4
 """`tile_bytes` in the bytes of operands and result: as much may the products of all rows hold, and a block at least."""
@@ -206,7 +207,7 @@ def plane_spans(call: Call) -> tuple[_tiles.Span, _tiles.Span]:
     each, values = held(call) // call.batch, inputs_of(call) // call.batch
     samples = _tiles.plan((call.batch, 1, 1, 1, 1), each, max(PLANES_BLOCK, kernel))[0]
     room = max(FILTERS_BLOCK, READ_AGAIN * values * call.channels * call.itemsize)
-    if call.channels * FEW_CHANNELS <= values and each > room:
+    if each > (room if call.channels * FEW_CHANNELS <= values else max(room, WHOLE_PLANE)):
         filters = _tiles.Span(call.filters, _tiles.block_of(call.filters, max(room * call.filters // each, 1)))
     return samples, filters
 
@@ -289,6 +290,15 @@ def work(call: Call, *, gradients: int) -> Work:
 
     Temporaries: the products; and, but in one pass, a transposed copy and the sums so far.
     """
+    found = _work(call, gradients)
+    if gradients or not by_planes(call):
+        return found
+    samples, filters = plane_spans(call)
+    block = held(call) * samples.block * filters.block // (call.batch * call.filters)
+    return dataclasses.replace(found, temporary_bytes=2 * block)
+
+
+def _work(call: Call, gradients: int) -> Work:
     products = products_of(call)
     bytes_held = held(call)
     kernel = kernel_values(call)

@@ -7,8 +7,8 @@ their residues, are ``s`` neighbours in the output, so a block is one reshape (d
 There are about ``k / s`` blocks; where the kernel is not longer than the stride there is one, and nothing overlaps.
 
 Small volumes under large kernels are multiplied row by row or tap by tap of the kernel instead (`_kernel_rows`), and
-products that would leave the cache are made block by block: of whole samples (`_samples`), or of the result. Which of
-these is for `_matmul_plans` to say.
+products that would leave the cache are made block by block: of whole samples (`_samples`), or of the result. With the
+filters second planes and lines are made as such (`_planes`). Which of these is for `_matmul_plans` to say.
 
 Best where few outputs overlap, there are few filters, or the kernel is the larger operand: the temporary holds ``k``
 values per input, axis and filter.
@@ -61,7 +61,7 @@ def outputs(
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F / groups, C)`` to ``(N, *out, F)``, of dtype ``result``.
 
-    The kernel is taken as it lies, by its ``origin``. With ``transposed`` the transpose is what is asked for. With
+    The kernel is taken as it lies, by its ``origin``. With ``transposed`` the transpose is what is asked for; with
     ``channels_first`` the result has the filters second.
     """
     on_cpu = tile_bytes <= _tiles.LARGEST
