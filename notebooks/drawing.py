@@ -195,7 +195,8 @@ def _draw_brain(ax: Any, volume: Array, cut: Sequence[int], patch: tuple[slice, 
 def _draw_speed(ax: Any, table: Path) -> None:
     """Bars: times faster than `jax.lax`, forward and with gradients, from the rows of 3-D U-Nets in `drop-in.md`."""
     row = r"^\| U-Net, 3-D, (k\d s\d) \|(?:[^|]*\|){2} ([\d.]+) x \|(?:[^|]*\|){2} ([\d.]+) x \|$"
-    rows = re.findall(row, table.read_text(), re.M)
+    last, _, _ = table.read_text().partition("with the channels first")  # the same layers follow
+    rows = re.findall(row, last, re.M)
     assert rows, f"{table} has no rows of 3-D U-Nets"
     threads = re.findall(r"(\d+) threads; (\w+)", table.read_text())[0]
     for place, (name, *values) in enumerate(rows):
