@@ -14,7 +14,7 @@ from jax import export
 
 import conv3dt_jax as c3t
 from conv3dt_jax import _choice
-from conv3dt_jax.lowerings import _matmul_plans, _planes, _tiles
+from conv3dt_jax.lowerings import _laid_out, _matmul_plans, _planes, _tiles, matmul
 from conv3dt_jax.lowerings._work import Call
 from tests import oracle
 from tests.helpers import quick_jit
@@ -157,6 +157,27 @@ def test_planes_have_blocks_where_their_products_leave_the_cache() -> None:
     assert blocks(1, space=(1, 64, 64), channels=1024, filters=512, kernel=(1, 3, 3)) == (1, 128)  # of 72 MiB
     assert blocks(1, space=(1, 256, 256), filters=8) == (1, 8)  # as much as the inputs twice
     assert blocks(1, space=(1, 256, 256), filters=12, channels=32) == (1, 4)
+
+
+def put_in_order(strides, window=5, space=(1, 6, 6)):
+    """Whether phases are written one after the other first, and then moved."""
+    window, strides = (tuple(size if n > 1 else 1 for n in space) for size in (window, strides))
+    geometry = axes_of(space, window, strides, (1, 1, 1), "same", None)
+    taps = jax.ShapeDtypeStruct((*window, 2, *space), "float32")
+    return " transpose[" in str(jax.make_jaxpr(lambda t: _laid_out.lay_out_planes(t, geometry, mirrored=False))(taps))
+
+
+def test_phases_are_written_first_where_planes_overlap_in_strides_of_three_and_more() -> None:
+    assert put_in_order(3)
+    assert not put_in_order(2)
+    assert not put_in_order(5)  # nothing overlaps
+    assert not put_in_order(3, space=(6, 1, 1))
+
+
+def test_the_temporaries_of_planes_are_those_of_a_block() -> None:
+    assert matmul.work(described(26), gradients=0).temporary_bytes == 2 * 13 << 20
+    assert matmul.work(described(27), gradients=0).temporary_bytes == 2 * 7 << 19
+    assert matmul.work(described(2, space=(1, 64, 72)), gradients=0).temporary_bytes == 2 * (16 * 64 * 72 * 16 * 4)
 
 
 def compiled(layout, inputs, kernel, strides=(2, 2)):

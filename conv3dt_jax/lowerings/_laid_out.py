@@ -58,16 +58,14 @@ def lay_out_planes(taps: jax.Array, geometry: Geometry, *, mirrored: bool) -> ja
     if mirrored:  # named anew: to turn the products around is a pass over them
         parts = dict(zip(reversed(parts), parts.values(), strict=True))
     phases = summed(_placed(parts, geometry), geometry)
-    moving = sum(axis.k * axis.s > 1 for axis in geometry)
-    many = moving > 1 and max(axis.s for axis in geometry) > 2 and any(axis.overlaps for axis in geometry)
+    many = not _is_line(geometry) and max(axis.s for axis in geometry) > 2 and any(axis.overlaps for axis in geometry)
     found = _from_the_front(phases, geometry) if many else _stacked(phases, geometry)
     return _cut(found, geometry)[..., 0]
 
 
 def in_one_pass(geometry: Geometry) -> bool:
     """Whether products overlap, in more than a line, and are so few for an input that each may be an operation."""
-    line = sum(axis.k * axis.s > 1 for axis in geometry) == 1
-    return is_few(geometry) and not line and any(axis.overlaps for axis in geometry)
+    return is_few(geometry) and not _is_line(geometry) and any(axis.overlaps for axis in geometry)
 
 
 def is_few(geometry: Geometry) -> bool:
@@ -76,6 +74,10 @@ def is_few(geometry: Geometry) -> bool:
         return False
     pieces = max(math.prod(axis.k for axis in geometry), math.prod(axis.s for axis in geometry))
     return pieces <= (PLANE_TAPS if any(map(is_still, geometry)) else FEW_TAPS)
+
+
+def _is_line(geometry: Geometry) -> bool:
+    return sum(axis.k * axis.s > 1 for axis in geometry) == 1
 
 
 def _phase_by_phase(parts: Parts, geometry: Geometry, *, rows: bool) -> jax.Array:

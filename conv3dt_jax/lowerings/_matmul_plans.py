@@ -68,7 +68,7 @@ KERNELS, LARGE_BLOCK = 4, 20 << 20
 of other blocks."""
 
 PLANES_WHOLE, PLANES_BLOCK = 13 << 20, 4 << 20
-"""Bytes of products up to which a result with the filters second has no blocks, and of a block of several samples; or
+"""Bytes of products up to which a result with the filters second has no blocks, and of a block of several samples, or
 as much as the kernel holds."""
 
 FILTERS_BLOCK, READ_AGAIN, FEW_CHANNELS = 8 << 20, 2, 8
@@ -202,7 +202,7 @@ def plane_spans(call: Call) -> tuple[_tiles.Span, _tiles.Span]:
     Each reads its part of the kernel again, and those of filters the sample.
     """
     kernel, filters = kernel_values(call) * call.itemsize, _tiles.Span(call.filters, call.filters)
-    if held(call) <= max(PLANES_WHOLE, kernel):
+    if held(call) <= PLANES_WHOLE:
         return _tiles.Span(call.batch, call.batch), filters
     each, values = held(call) // call.batch, inputs_of(call) // call.batch
     samples = _tiles.plan((call.batch, 1, 1, 1, 1), each, max(PLANES_BLOCK, kernel))[0]

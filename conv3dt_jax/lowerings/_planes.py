@@ -35,12 +35,12 @@ def outputs(
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F, C)`` to ``(N, F, *out)``; ``spans`` are of the samples and filters.
 
-    A kernel whose channels lie before its filters is copied, and turned around on the way; of another the products are.
+    A kernel that was turned around is read as it was before, and its products are named in that order: to turn a copy
+    around takes twice as long.
     """
     dtype, sums = _tiles.operand_dtype(accumulate, inputs, kernel), _tiles.widest(accumulate, inputs, kernel)
     *window, filters, channels = kernel.shape
-    turned = origin.mirrored and not origin.filters_last
-    matrices = (jnp.flip(kernel, (0, 1, 2)) if turned else kernel).astype(dtype).reshape(-1, filters, channels)
+    matrices = (jnp.flip(kernel, (0, 1, 2)) if origin.mirrored else kernel).astype(dtype).reshape(-1, filters, channels)
     held = _tiles.Held.of(jnp.moveaxis(inputs, -1, 1))
     samples, each = (span.block for span in spans)
     batched = _products.is_batched(samples, len(matrices) * each, channels, math.prod(inputs.shape[1:4]))
@@ -60,7 +60,7 @@ def outputs(
                 columns = planes.swapaxes(0, 1).reshape(channels, -1)
                 taps = _products.of_planes(rows, columns, precision=precision, accumulate=sums)
             taps = taps.reshape(*window, each * samples, *held.shape[2:])
-            laid = lay_out_planes(taps, geometry, mirrored=turned)
+            laid = lay_out_planes(taps, geometry, mirrored=origin.mirrored)
             if batched:
                 laid = laid.reshape(samples, each, *laid.shape[1:])
             else:
