@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import conv3dt_jax as c3t
 from conv3dt_jax import _choice
 from conv3dt_jax._geometry import resolve_axis
-from conv3dt_jax.lowerings import _kernel_rows, _matmul_plans, _products, _tiles, matmul
+from conv3dt_jax.lowerings import _kernel_rows, _matmul_plans, _matmul_work, _products, _tiles, matmul
 from conv3dt_jax.lowerings._origin import Origin
 from conv3dt_jax.lowerings._turn import turned_kernel
 from conv3dt_jax.lowerings._work import Call
@@ -149,24 +149,23 @@ def test_a_large_kernel_is_not_copied_whole() -> None:
     run = lambda x, w: c3t.conv3d_transpose(x, w, strides=2, padding="same")
     held = jax.jit(run).lower(x, w).compile().memory_analysis().temp_size_in_bytes
     call = Call.of(described, 1, _choice.room_for("cpu", described, 1))
-    assert held <= _matmul_plans.work(call, gradients=0).temporary_bytes
+    assert held <= _matmul_work.work(call, gradients=0).temporary_bytes
 
 
 # A product for each tap.
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(call=calls(), mirrored=st.booleans())
-def test_a_product_for_each_tap_gives_the_same_products(call, mirrored) -> None:
+@given(call=calls(), mirrored=st.booleans(), parts=st.sampled_from([0, 1, 3]))
+def test_a_product_for_each_tap_gives_the_same_products(call, mirrored, parts) -> None:
     space, window, *_ = call
     rng = np.random.default_rng(5)
     x, w = rng.normal(size=(2, *space, 3)), rng.normal(size=(*window, 3, 2))
     static = {"precision": None, "accumulate": jnp.float64, "origin": Origin(mirrored, filters_last=True)}
+    each_tap = functools.partial(_kernel_rows.tap_by_tap, parts=parts)
     every_tap = functools.partial(_kernel_rows.every_tap, product=_products.plain)
     with jax.enable_x64(True):
-        got, want = (
-            quick_jit(lambda x, w, way=way: way(x, w, **static))(x, w) for way in (_kernel_rows.tap_by_tap, every_tap)
-        )
+        got, want = (quick_jit(lambda x, w, way=way: way(x, w, **static))(x, w) for way in (each_tap, every_tap))
     np.testing.assert_allclose(np.moveaxis(got, (0, 1, 2), (4, 5, 6)), want, rtol=1e-12, atol=1e-12)
 
 
@@ -178,6 +177,36 @@ def test_values_and_gradients_tap_by_tap_are_those_of_jax(
     dims, kernel, stride, padding, turned, monkeypatch, x64: None
 ) -> None:
     assert taken_as_jax_has_it("tap_by_tap", dims, kernel, stride, padding, turned, monkeypatch) != turned
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_values_and_gradients_of_taps_in_turn_are_those_of_jax(dims, padding, monkeypatch, x64: None) -> None:
+    """Of kernels out of the cache: in parts of their channels, three here."""
+    monkeypatch.setattr(_matmul_plans, "OUT_OF_CACHE", 0)
+    monkeypatch.setattr(_matmul_plans, "PART", 128)
+    assert taken_as_jax_has_it("_in_turn", dims, 3, 2, padding, False, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_taps_in_turn_are_summed_in_float32_over_all_parts(dtype, monkeypatch) -> None:
+    monkeypatch.setattr(_matmul_plans, "OUT_OF_CACHE", 0)
+    monkeypatch.setattr(_matmul_plans, "PART", 1 << 12)
+    rng = np.random.default_rng(11)
+    x, w = (jnp.asarray(rng.integers(-9, 9, shape), dtype) for shape in ((1, 4, 4, 64), (4, 4, 64, 32)))
+    got = c3t.lax.conv_transpose(x, w, (2, 2), "SAME")
+    want = jax.lax.conv_transpose(x.astype("float32"), w.astype("float32"), (2, 2), "SAME")
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, want.astype(dtype))
+
+
+def test_taps_in_turn_copy_no_kernel() -> None:
+    """Of 32 MiB: what is held are the products, a transposed copy of them, and a tap."""
+    x, w = jax.ShapeDtypeStruct((1, 4, 4, 1024), "float32"), jax.ShapeDtypeStruct((4, 4, 1024, 512), "float32")
+    compiled = jax.jit(lambda x, w: c3t.lax.conv_transpose(x, w, (2, 2), "SAME")).lower(x, w).compile()
+    products, tap = 16 * 16 * 512 * 4, 1024 * 512 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * products + 2 * tap
+    assert " while(" in compiled.as_text()
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", [(3, 1), (2, 3)]])
@@ -228,9 +257,9 @@ def taken_as_jax_has_it(way, dims, kernel, stride, padding, turned, monkeypatch)
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_the_kernel_of_a_lifted_call_on_few_cells_is_not_copied(dims) -> None:
     """The copies of the inputs, the products and their sums are all that is held: XLA drops what lifting and turning undo."""
-    x, w = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((1, *(2,) * dims, 256), (*(4,) * dims, 256, 512)))
+    x, w = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((1, *(2,) * dims, 128), (*(4,) * dims, 128, 512)))
     compiled = jax.jit(lambda x, w: c3t.lax.conv_transpose(x, w, (2,) * dims, "SAME")).lower(x, w).compile()
-    copies_and_products = 4**dims * 2**dims * (256 + 512) * 4
+    copies_and_products = 4**dims * 2**dims * (128 + 512) * 4
     assert compiled.memory_analysis().temp_size_in_bytes < min(2 * copies_and_products, 4 * w.size)
 
 

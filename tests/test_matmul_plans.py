@@ -26,11 +26,34 @@ def test_products_tap_by_tap_are_for_few_cells_and_kernels_with_their_filters_la
     assert _matmul_plans.by_taps(taps_call(), last)
     assert _matmul_plans.by_taps(taps_call(25), last)
     assert not _matmul_plans.by_taps(taps_call(26), last)  # more inputs than four fifths of the filters
-    assert _matmul_plans.by_taps(taps_call(6, filters=128), last)
-    assert not _matmul_plans.by_taps(taps_call(7, filters=128), last)
+    small = functools.partial(taps_call, channels=1000, filters=128)  # 7.8 MiB
+    assert _matmul_plans.by_taps(small(6), last)
+    assert not _matmul_plans.by_taps(small(7), last)
     assert not _matmul_plans.by_taps(taps_call(), Origin(mirrored=True))
     assert not _matmul_plans.by_taps(taps_call(groups=2), last)
     assert not _matmul_plans.by_taps(taps_call(platform="cuda"), last)
+
+
+def test_taps_of_a_kernel_out_of_the_cache_are_in_turn_up_to_where_long_products_begin() -> None:
+    last = Origin(mirrored=True, filters_last=True)
+    large = functools.partial(taps_call, filters=128)  # 8 MiB
+    assert _matmul_plans.by_taps(large(7), last)
+    assert _matmul_plans.by_taps(large(13), last)  # 208 rows
+    assert not _matmul_plans.by_taps(large(14), last)
+    assert not _matmul_plans.by_taps(large(7), Origin(mirrored=True))
+    assert not _matmul_plans.by_taps(taps_call(7, filters=127), last)
+    assert not _matmul_plans.by_taps(large(7, space=(4, 2, 2), kernel=(4, 2, 2)), last)  # a volume
+
+
+def test_a_tap_is_multiplied_in_parts_of_four_mebibytes() -> None:
+    parts = lambda channels, filters: _matmul_plans.parts_of_taps(taps_call(channels=channels, filters=filters))
+    assert parts(1024, 127) == 0  # less than 8 MiB in all
+    assert parts(1024, 128) == 1
+    assert parts(1024, 1024) == 1
+    assert parts(1024, 1025) == 2
+    assert parts(1026, 2048) == 3
+    assert parts(2048, 2049) == 8  # five parts are not whole
+    assert parts(1031, 2048) == 1  # a prime
 
 
 def test_products_tap_by_tap_are_not_for_one_thread_where_they_are_long() -> None:

@@ -52,6 +52,7 @@ FLOORS = [
         "lowerings._samples",
     },
     {"lowerings._matmul_plans"},
+    {"lowerings._matmul_work"},
     {"lowerings.dilated", "lowerings.matmul", "lowerings.pallas", "lowerings.phases", "lowerings.winograd"},
     {"_operands", "lowerings"},
     {"_candidates", "_slabs"},

@@ -7,8 +7,9 @@ outside the result take no part: an eighth of them per axis where 4 inputs meet 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -111,18 +112,36 @@ def tap_by_tap(
     precision: lax.PrecisionLike,
     accumulate: DTypeLike,
     origin: Origin,
+    parts: int = 0,
 ) -> jax.Array:
     """The same of a kernel ``(kd, kh, kw, C, F)``, which is not transposed: ``(kd, kh, kw, N, D, H, W, F)``.
 
-    The inputs are copied instead.
+    The inputs are copied instead. With ``parts`` the products are made in turn, each of so many parts of the channels,
+    which stay in the cache as they are packed and multiplied; all at once they would be packed in memory.
     """
     *window, channels, filters = kernel.shape
-    copies = jnp.broadcast_to(inputs, (math.prod(window), *inputs.shape))
-    matrices = kernel.reshape(-1, channels, filters)
-    contract = (((5,), (1,)), ((0,), (0,)))
-    taps = lax.dot_general(copies, matrices, contract, precision=precision, preferred_element_type=accumulate)
+    product = functools.partial(lax.dot_general, precision=precision, preferred_element_type=accumulate)
+    if parts:
+        taps = _in_turn(inputs, kernel.reshape(-1, parts, channels // parts, filters), product)
+    else:
+        copies = jnp.broadcast_to(inputs, (math.prod(window), *inputs.shape))
+        taps = product(copies, kernel.reshape(-1, channels, filters), (((5,), (1,)), ((0,), (0,))))
     taps = jnp.flip(taps, 0) if origin.mirrored else taps
     return taps.reshape(*window, *taps.shape[1:])
+
+
+def _in_turn(inputs: jax.Array, matrices: jax.Array, product: Callable[..., jax.Array]) -> jax.Array:
+    """``(N, D, H, W, C)`` and ``(taps, parts, C / parts, F)`` to ``(taps, N, D, H, W, F)``, by a loop over both."""
+    taps, parts, channels, _ = matrices.shape
+
+    def one(turn: tuple[jax.Array, jax.Array]) -> jax.Array:
+        part, matrix = turn
+        values = lax.dynamic_slice_in_dim(inputs, part * channels, channels, 4) if parts > 1 else inputs
+        return product(values, matrix, (((4,), (0,)), ((), ())))
+
+    turns = jnp.tile(jnp.arange(parts), taps)
+    found = lax.map(one, (turns, matrices.reshape(-1, *matrices.shape[2:])))
+    return found.reshape(taps, parts, *found.shape[1:]).sum(1) if parts > 1 else found
 
 
 def _rows(

@@ -1,20 +1,16 @@
-"""How `matmul` makes its products for a call, and what that costs: all at once, by taps or rows, or in blocks."""
+"""How `matmul` makes its products for a call: all at once, by taps or rows, or in blocks."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
-from conv3dt_jax._geometry import Geometry, tap_phases
+from conv3dt_jax._geometry import Geometry
 from conv3dt_jax.lowerings import _blocks, _kernel_rows, _tiles
 from conv3dt_jax.lowerings._cells import cells, is_still, shifts, span
 from conv3dt_jax.lowerings._laid_out import in_one_pass, is_written_apart
 from conv3dt_jax.lowerings._origin import Origin
-from conv3dt_jax.lowerings._work import Call, Work
-
-MANY_TERMS, UNSTRIDED = 12, 4
-"""Products in an output from which on each costs more to lay out; without strides a fourth of them count."""
+from conv3dt_jax.lowerings._work import Call
 
 WHOLE, WHOLE_ROWS = 20 << 20, 8 << 20
 """Bytes of products up to which there are no blocks where there is little to lay out, since a block copies its inputs
@@ -52,13 +48,16 @@ COPIES, MANY_ROWS, ONE_THREAD = 4 / 5, 64, (1_500_000, 6_000_000)
 copies cost less than a transposed copy of the kernel. Not from so many inputs on where a tap has so many multiply-adds:
 too many for one thread, which makes all that are too few for two."""
 
-LONG_PRODUCT, COMPILED_TAPS = 224, 36
-"""Inputs from which on products of planes and lines with kernels `OUT_OF_CACHE` are made one tap after the other, while
-its matrix is in the cache; and taps up to which that is so, since each is compiled."""
-
 VOLUME_COPIES, MOST_CELLS, SHORT = 1 / 2, 128, 48
 """The same where they are added along three, and rows are quicker than longer products of taps; and, than a copy of a
 kernel that stays in the cache, than these."""
+
+LONG_PRODUCT, COMPILED_TAPS = 224, 36
+"""Inputs up to which planes and lines with kernels `OUT_OF_CACHE` have a product for each tap in any case; and from
+which on these are laid out as they are made, up to so many taps, since each is compiled."""
+
+PART, MOST_PARTS = 4 << 20, 16
+"""Bytes of a tap that stay in the cache as they are packed and multiplied; and parts of a larger one, at most."""
 
 LONG_ROWS, FEW_ROWS = 128, 4
 """Values of a cell's row, and rows of a cell, where blocks write the rows of their products as they are."""
@@ -78,14 +77,6 @@ many values as there are channels, else from `WHOLE_PLANE` on: each block copies
 OPERANDS = 4
 """`tile_bytes` in the bytes of operands and result: as much may the products of all rows hold, and a block at least."""
 
-IN_CACHE, WRITTEN, FOLDED, ONCE, IN_ROWS = 0.3, 2.0, 0.6, 0.2, 0.4
-"""What a product costs within a block, a value that a block writes, and a product for each axis beyond the first along
-which it is added to others, or for all of these in one pass, or in rows of a plane, in values that leave the cache."""
-
-GROUPED, MOVED, WALKED = 2.2, 1.4, 1.15
-"""What a product of a group costs, and an input that is moved to its group, likewise; how much more blocks cost that
-walk groups too."""
-
 
 def is_elementwise(call: Call) -> bool:
     """Whether every output is one multiplication: XLA makes one pass of it, which holds nothing on the way."""
@@ -96,7 +87,7 @@ def block_bytes(call: Call) -> int:
     """Bytes of the products of a block."""
     enough = min(KERNELS * kernel_values(call) * call.itemsize, LARGE_BLOCK)
     overlaps = any(axis.overlaps for axis in call.geometry)
-    again = _on_cpu(call) and _is_lifted(call.geometry) and overlaps and call.groups == 1
+    again = on_cpu(call) and _is_lifted(call.geometry) and overlaps and call.groups == 1
     return enough if again and enough > _tiles.LARGEST else call.tile_bytes
 
 
@@ -105,7 +96,7 @@ def in_blocks(call: Call) -> bool:
     if is_elementwise(call):
         return False
     products = math.prod(axis.k for axis in call.geometry) * call.filters
-    bytes_held, lifted = held(call), _on_cpu(call) and _is_lifted(call.geometry)
+    bytes_held, lifted = held(call), on_cpu(call) and _is_lifted(call.geometry)
     kernel, room = kernel_values(call) * call.itemsize, block_bytes(call)
     if lifted and products * LITTLE <= call.channels:
         return False
@@ -116,7 +107,7 @@ def in_blocks(call: Call) -> bool:
         elif rows_apart(call) and kernel <= CACHED:
             whole = WHOLE_CELLS
         return bytes_held > max(room, whole)
-    if _is_plane(call.geometry) and in_one_pass(call.geometry):
+    if is_plane(call.geometry) and in_one_pass(call.geometry):
         terms = math.prod(axis.k / min(axis.s, axis.k) for axis in call.geometry)
         most = WHOLE if terms > FEW_TERMS and call.channels < MANY_CHANNELS else whole
         bytes_held += _phases_apart(call) if kernel < OUT_OF_CACHE else 0
@@ -128,13 +119,13 @@ def in_blocks(call: Call) -> bool:
         most = room
     if bytes_held <= most:
         return False
-    return bytes_held > room and (bytes_held > KEPT or _repeated(call) <= REPEATED)
+    return bytes_held > room and (bytes_held > KEPT or repeated(call) <= REPEATED)
 
 
 def by_rows(call: Call) -> bool:
     """Whether there is a product for each row of the kernel, where there are no blocks; on a CPU."""
     depth, height, width = call.geometry
-    if not _on_cpu(call) or call.groups > 1 or depth.wraps or height.wraps:
+    if not on_cpu(call) or call.groups > 1 or depth.wraps or height.wraps:
         return False
     if not all(isinstance(axis.out, int) for axis in call.geometry):
         return False
@@ -143,7 +134,7 @@ def by_rows(call: Call) -> bool:
     few = max(depth.k * height.k, depth.s * height.s) <= MOST_ROWS
     if not (adds and wide and few and inputs_of(call) > FEW_CELLS):
         return False
-    if not _is_plane(call.geometry):
+    if not is_plane(call.geometry):
         return True
     in_cache = width.k >= WIDE_TAPS and width.k * call.filters >= WIDE and call.channels >= WIDE_CHANNELS
     return in_cache and _kernel_rows.kept(call.geometry) < math.prod(axis.n * axis.k for axis in call.geometry)
@@ -151,10 +142,12 @@ def by_rows(call: Call) -> bool:
 
 def by_taps(call: Call, origin: Origin) -> bool:
     """Whether there is a product for each tap, where there are no blocks; on a CPU."""
-    if not _on_cpu(call) or call.groups > 1 or not all(isinstance(axis.out, int) for axis in call.geometry):
+    if not on_cpu(call) or call.groups > 1 or not all(isinstance(axis.out, int) for axis in call.geometry):
         return False
     rows = inputs_of(call)
-    if _is_plane(call.geometry):
+    if _is_lifted(call.geometry) and parts_of_taps(call) and rows < LONG_PRODUCT:
+        return origin.filters_last
+    if is_plane(call.geometry):
         least, enough = ONE_THREAD
         if rows >= MANY_ROWS and least <= rows * call.channels * call.filters < enough:
             return False
@@ -165,10 +158,20 @@ def by_taps(call: Call, origin: Origin) -> bool:
     return origin.filters_last and rows <= most
 
 
+def parts_of_taps(call: Call) -> int:
+    """Parts of the channels of which these are made in turn; none where all are made at once, of a small kernel."""
+    kernel = kernel_values(call) * call.itemsize
+    if kernel < OUT_OF_CACHE:
+        return 0
+    tap = kernel // math.prod(axis.k for axis in call.geometry)
+    few = (parts for parts in range(1, MOST_PARTS + 1) if tap <= parts * PART and call.channels % parts == 0)
+    return next(few, 1)
+
+
 def one_by_one(call: Call, origin: Origin) -> bool:
     """Whether these are products of their own, of all inputs each; in planes and lines, on a CPU."""
     lifted, overlaps = _is_lifted(call.geometry), any(axis.overlaps for axis in call.geometry)
-    if not (_on_cpu(call) and lifted and overlaps and call.groups == 1 and origin.filters_last):
+    if not (on_cpu(call) and lifted and overlaps and call.groups == 1 and origin.filters_last):
         return False
     if not all(isinstance(axis.out, int) and not axis.wraps for axis in call.geometry):
         return False
@@ -190,7 +193,7 @@ def samples(call: Call) -> _tiles.Span:
 
 def by_planes(call: Call) -> bool:
     """Whether a result with the filters second is made as such, see `_planes`; on a CPU."""
-    lifted = _on_cpu(call) and _is_lifted(call.geometry)
+    lifted = on_cpu(call) and _is_lifted(call.geometry)
     if not (call.channels_first and lifted and call.groups == 1 and call.batch) or is_elementwise(call):
         return False
     return all(isinstance(axis.out, int) and not axis.wraps for axis in call.geometry)
@@ -252,16 +255,16 @@ def _is_lifted(geometry: Geometry) -> bool:
     return any(map(is_still, geometry))
 
 
-def _is_plane(geometry: Geometry) -> bool:
+def is_plane(geometry: Geometry) -> bool:
     """Whether products are added along two axes at most."""
     return not all(axis.overlaps for axis in geometry)
 
 
-def _on_cpu(call: Call) -> bool:
+def on_cpu(call: Call) -> bool:
     return call.tile_bytes <= _tiles.LARGEST
 
 
-def _repeated(call: Call) -> float:
+def repeated(call: Call) -> float:
     """How many products blocks make for each that is needed: a block takes all the inputs that reach it."""
     if by_samples(call):
         cut = samples(call)
@@ -283,54 +286,3 @@ def spans(
     """Blocks of cells, by the products that they take, for ``filters`` of one of the ``blocks`` of groups."""
     largest = max(math.prod(axis.k for axis in geometry), math.prod(axis.s for axis in geometry))
     return _tiles.plan((batch, blocks, *map(cells, geometry)), largest * filters * itemsize, tile_bytes)
-
-
-def work(call: Call, *, gradients: int) -> Work:
-    """A product for every input, tap and filter, each laid out and added; the kernel, as it is read.
-
-    Temporaries: the products; and, but in one pass, a transposed copy and the sums so far.
-    """
-    found = _work(call, gradients)
-    if gradients or not by_planes(call):
-        return found
-    samples, filters = plane_spans(call)
-    block = held(call) * samples.block * filters.block // (call.batch * call.filters)
-    return dataclasses.replace(found, temporary_bytes=2 * block)
-
-
-def _work(call: Call, gradients: int) -> Work:
-    products = products_of(call)
-    bytes_held = held(call)
-    kernel = kernel_values(call)
-    multiply_adds = products * call.channels // call.groups
-    laid_out = products * _laid_out(call.geometry)
-    if is_elementwise(call) and not gradients:
-        return Work(multiply_adds, products, 0)
-    if gradients:
-        return Work(gradients * multiply_adds, int(gradients * laid_out), 3 * bytes_held)
-    written = call.batch * math.prod(axis.out for axis in call.geometry) * call.filters
-    if in_blocks(call):
-        more = _repeated(call)
-        values = (IN_CACHE * laid_out * more + WRITTEN * written) * (WALKED if call.groups > 1 else 1)
-        return Work(int(multiply_adds * more), int(values), 3 * min(bytes_held, block_bytes(call)))
-    if by_rows(call):
-        kept = call.batch * _kernel_rows.kept(call.geometry) * call.filters
-        values = int(written + IN_ROWS * kept) if _is_plane(call.geometry) else kept
-        return Work(kept * call.channels, values + kernel, 2 * bytes_held + kernel * call.itemsize)
-    if call.groups > 1:
-        moved = inputs_of(call) * call.channels
-        return Work(multiply_adds, int(GROUPED * laid_out + MOVED * moved) + kernel, 3 * bytes_held)
-    strided = any(axis.s > 1 for axis in call.geometry)  # then one axis is folded as the result is written
-    folds = max(sum(axis.overlaps for axis in call.geometry) - strided, 0)
-    at_once = in_one_pass(call.geometry)
-    each = min(folds, 1) * ONCE if at_once else folds * FOLDED
-    values = written + each * laid_out + kernel
-    copied = not (at_once or folds == 0) or not _on_cpu(call)
-    return Work(multiply_adds, int(values), bytes_held * (3 if copied else 1))
-
-
-def _laid_out(geometry: Geometry) -> float:
-    """What laying out a product costs, in products that few others are added to."""
-    terms = math.prod(len({block for block, _ in tap_phases(axis)}) for axis in geometry)
-    many = MANY_TERMS * (UNSTRIDED if all(axis.s == 1 for axis in geometry) else 1)
-    return max(1.0, terms / many)

@@ -27,7 +27,17 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Axis, Geometry
-from conv3dt_jax.lowerings import _adjoint, _blocks, _kernel_rows, _matmul_plans, _planes, _products, _samples, _tiles
+from conv3dt_jax.lowerings import (
+    _adjoint,
+    _blocks,
+    _kernel_rows,
+    _matmul_plans,
+    _matmul_work,
+    _planes,
+    _products,
+    _samples,
+    _tiles,
+)
 from conv3dt_jax.lowerings._cells import cells, shifts, span, walk
 from conv3dt_jax.lowerings._laid_out import lay_out
 from conv3dt_jax.lowerings._origin import AS_GIVEN, Origin
@@ -35,7 +45,7 @@ from conv3dt_jax.lowerings._result import Part
 from conv3dt_jax.lowerings._transposes import transposes
 from conv3dt_jax.lowerings._work import Call
 
-work = _matmul_plans.work
+work = _matmul_work.work
 
 
 def refusal(geometry: Geometry, sums: DTypeLike) -> str | None:
@@ -109,7 +119,7 @@ def _filters_last(
     if _matmul_plans.one_by_one(call, origin):
         return _tiles.plus(_kernel_rows.one_by_one(inputs, kernel, geometry, product, **static), bias)
     if _matmul_plans.by_taps(call, origin):
-        taps = _kernel_rows.tap_by_tap(inputs, kernel, **static)
+        taps = _kernel_rows.tap_by_tap(inputs, kernel, parts=_matmul_plans.parts_of_taps(call), **static)
         return _tiles.plus(lay_out(taps, geometry, phase_by_phase=on_cpu, taps_first=True), bias)
     if _matmul_plans.by_rows(call):
         return _tiles.plus(_kernel_rows.outputs(inputs, kernel, geometry, product, **static), bias)
