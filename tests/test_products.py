@@ -55,8 +55,8 @@ def test_long_products_are_for_eigen_sooner_where_their_columns_are_uneven() -> 
     assert not _products.is_for_eigen(400, 32, 800, f32, f32)  # a short product
     assert _products.is_for_eigen(512, 128, 832, f32, f32)
     assert not _products.is_for_eigen(4096, 16, 832, f32, f32)
-    assert not _products.is_for_eigen(4095, 512, 832, f32, f32)
-    assert _products.is_for_eigen(4096, 512, 832, f32, f32)  # many rows
+    assert not _products.is_for_eigen(2047, 512, 832, f32, f32)
+    assert _products.is_for_eigen(2048, 512, 832, f32, f32)  # many rows
     assert not _products.is_for_eigen(200, 256, 832, f32, f32)
     assert not _products.is_for_eigen(256, 64, 832, f32, f32)
     assert not _products.is_for_eigen(512, 128, 832, f32, f32, turned=True)  # a copy of the kernel, for few rows

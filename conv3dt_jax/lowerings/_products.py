@@ -25,7 +25,7 @@ LEAST, ROWS = 12_000_000, 128
 EVEN_LEAST, EVEN_ROWS, EVEN_CHANNELS = 30_000_000, 256, (64, 256)
 """The same for a multiple of them, and the channels that these are summed over."""
 
-MANY_ROWS = 4096
+MANY_ROWS = 2048
 """Rows from which on they may be summed over more channels: YNNPACK takes longer for each then."""
 
 PLANE_ROWS, PLANE_CHANNELS, PLANE_COLUMNS, ALIKE = 1024, 256, 128, 2048
