@@ -8,6 +8,7 @@ not stored; `--check` only says so, since that may be the machine.
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import sys
 import time
@@ -24,6 +25,7 @@ LIMIT, HANGS = 90.0, 600
 def run(path: pathlib.Path) -> tuple[nbformat.NotebookNode, float]:
     """The notebook with new outputs, and the seconds that it took; its working directory is its folder."""
     notebook = nbformat.read(path, as_version=4)
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # XLA writes to the standard error where it compiles slowly
     started = time.perf_counter()
     client = NotebookClient(
         notebook, timeout=HANGS, kernel_name="python3", record_timing=False,

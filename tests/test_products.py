@@ -57,6 +57,8 @@ def test_long_products_are_for_eigen_sooner_where_their_columns_are_uneven() -> 
     assert not _products.is_for_eigen(4096, 16, 832, f32, f32)
     assert not _products.is_for_eigen(2047, 512, 832, f32, f32)
     assert _products.is_for_eigen(2048, 512, 832, f32, f32)  # many rows
+    assert not any(_products.is_for_eigen(9999, 256, 2048 * times, f32, f32) for times in (1, 2))  # lines in the cache
+    assert _products.is_for_eigen(9999, 256, 2048 + 1024, f32, f32)
     assert not _products.is_for_eigen(200, 256, 832, f32, f32)
     assert not _products.is_for_eigen(256, 64, 832, f32, f32)
     assert not _products.is_for_eigen(512, 128, 832, f32, f32, turned=True)  # a copy of the kernel, for few rows

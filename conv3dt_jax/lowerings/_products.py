@@ -28,9 +28,12 @@ EVEN_LEAST, EVEN_ROWS, EVEN_CHANNELS = 30_000_000, 256, (64, 256)
 MANY_ROWS = 2048
 """Rows from which on they may be summed over more channels: YNNPACK takes longer for each then."""
 
-PLANE_ROWS, PLANE_CHANNELS, PLANE_COLUMNS, ALIKE = 1024, 256, 128, 2048
-"""The least of a product of a kernel and planes for Eigen, but not with a multiple of so many columns: its lines in the
-cache are the same for all channels then, and Eigen takes twice as long."""
+ALIKE = 2048
+"""Columns of which no multiple is for Eigen: those of all channels share their lines in the cache then, and it takes up
+to twice as long."""
+
+PLANE_ROWS, PLANE_CHANNELS, PLANE_COLUMNS = 1024, 256, 128
+"""The least of a product of a kernel and planes for Eigen."""
 
 BATCHED, NARROW, FEW_ROWS = 4_000_000, 4, 8
 """Multiply-adds up to which the planes of several samples are not brought together first; where the kernel, of which
@@ -130,7 +133,7 @@ def is_for_eigen(rows: Any, channels: int, columns: int, *dtypes: DTypeLike, tur
         return False
     if columns % EVEN:
         return rows >= ROWS and multiply_adds >= LEAST
-    if rows < EVEN_ROWS or multiply_adds < EVEN_LEAST:
+    if columns % ALIKE == 0 or rows < EVEN_ROWS or multiply_adds < EVEN_LEAST:
         return False
     least, most = EVEN_CHANNELS
     return least <= channels <= most or (channels > most and rows >= MANY_ROWS)
