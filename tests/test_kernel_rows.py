@@ -192,10 +192,14 @@ def test_values_and_gradients_of_taps_in_turn_are_those_of_jax(dims, padding, mo
 def test_taps_in_turn_are_summed_in_float32_over_all_parts(dtype, monkeypatch) -> None:
     monkeypatch.setattr(_matmul_plans, "OUT_OF_CACHE", 0)
     monkeypatch.setattr(_matmul_plans, "PART", 1 << 12)
+    monkeypatch.setattr(_choice, "decide", lambda *_: ("matmul", ""))
+    taken, original = [], _kernel_rows._in_turn
+    monkeypatch.setattr(_kernel_rows, "_in_turn", lambda *args: (taken.append(args[1].shape[1]), original(*args))[1])
     rng = np.random.default_rng(11)
     x, w = (jnp.asarray(rng.integers(-9, 9, shape), dtype) for shape in ((1, 4, 4, 64), (4, 4, 64, 32)))
     got = c3t.lax.conv_transpose(x, w, (2, 2), "SAME")
     want = jax.lax.conv_transpose(x.astype("float32"), w.astype("float32"), (2, 2), "SAME")
+    assert taken == [2]  # parts
     assert got.dtype == dtype
     np.testing.assert_array_equal(got, want.astype(dtype))
 

@@ -141,7 +141,7 @@ def _in_turn(inputs: jax.Array, matrices: jax.Array, product: Callable[..., jax.
 
     turns = jnp.tile(jnp.arange(parts), taps)
     found = lax.map(one, (turns, matrices.reshape(-1, *matrices.shape[2:])))
-    return found.reshape(taps, parts, *found.shape[1:]).sum(1) if parts > 1 else found
+    return found.reshape(taps, parts, *found.shape[1:]).sum(1, dtype=found.dtype) if parts > 1 else found
 
 
 def _rows(
