@@ -20,12 +20,15 @@ SHORTEST = 256
 VECTOR = 8
 """Channels and filters below which XLA's convolution goes number by number."""
 
-MANY_TAPS, FEW_ROWS, SMALL, WIDE = 25, range(64, 128), 8 << 20, 32
+MANY_TAPS, FEW_ROWS, SMALL, WIDE = 25, range(49, 128), 8 << 20, 32
 """Taps, inputs, bytes of the kernel, channels and filters where XLA's own transposed convolution of a plane or a line
 is as quick as `matmul` or quicker: it copies no kernel, and one thread soon has the sums of so few products."""
 
 MORE_ROWS, FEW_PRODUCTS, CHANNELS, LINE_TAPS = range(64, 256), 3 << 19, 64, 10
 """The same for more inputs: bytes of their products, and channels; and taps of a line there."""
+
+NINE, NINE_ROWS, NINE_WEIGHTS = 9, range(49, 288), range(1 << 12, 1 << 16)
+"""The same for so many taps of a plane, of such channels: inputs, and channels times filters."""
 
 RAGGED_PRODUCTS = 8 << 20
 """The same, of such channels, where the phases would be written apart before they are put in order and cut."""
@@ -70,6 +73,9 @@ def is_short(form: Any, call: Call) -> bool:
     held = _matmul_plans.held(call) if form.channels >= CHANNELS else math.inf
     least = LINE_TAPS if dilated.is_line(form.geometry) else MANY_TAPS
     few = (taps >= MANY_TAPS and rows in FEW_ROWS) or (taps >= least and rows in MORE_ROWS and held <= FEW_PRODUCTS)
+    weights = form.channels * form.filters if form.channels >= CHANNELS else 0
+    plane = taps == NINE and not dilated.is_line(form.geometry)
+    few = few or (plane and rows in NINE_ROWS and weights in NINE_WEIGHTS)
     ragged = held <= RAGGED_PRODUCTS and _laid_out.is_written_apart(form.geometry)
     small = _matmul_plans.kernel_values(call) * call.itemsize <= SMALL
     return wide and small and (few or ragged)

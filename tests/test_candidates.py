@@ -29,7 +29,9 @@ def chosen(
 def test_few_inputs_under_many_taps_are_the_platforms_in_planes_and_lines() -> None:
     assert chosen() == chosen(kind="affine") == "dilated"
     assert chosen(space=(1, 1, 127), kernel=(1, 1, 25)) == "dilated"
-    assert chosen(space=(1, 1, 63), kernel=(1, 1, 25)) != "dilated"
+    assert chosen(space=(1, 7, 7)) == "dilated"
+    assert chosen(space=(1, 6, 8)) != "dilated"  # 48 inputs
+    assert chosen(space=(1, 1, 48), kernel=(1, 1, 25)) != "dilated"
     assert chosen(batch=2) != "dilated"  # 128 inputs
     assert chosen(kernel=(1, 4, 4)) != "dilated"
     assert chosen(kernel=(1, 9, 9), filters=64) != "dilated"  # XLA would exchange the operands
@@ -47,6 +49,20 @@ def test_more_inputs_may_meet_them_where_products_are_few() -> None:
     assert chosen(**line | {"kernel": (1, 1, 9)}) != "dilated"
     assert chosen(**line | {"filters": 320}) != "dilated"
     assert chosen(space=(1, 8, 16), kernel=(1, 2, 5), channels=128) != "dilated"  # a plane
+
+
+def test_nine_taps_are_the_platforms_where_the_product_is_small() -> None:
+    nine = {"space": (1, 14, 14), "kernel": (1, 3, 3), "channels": 64, "filters": 64}
+    assert chosen(**nine) == chosen(**nine, padding="valid") == chosen(**nine, kind="affine") == "dilated"
+    assert chosen(**nine | {"filters": 63}) != "dilated"
+    assert chosen(**nine | {"channels": 63, "filters": 66}) != "dilated"
+    assert chosen(**nine | {"channels": 256, "filters": 255}) == "dilated"
+    assert chosen(**nine | {"channels": 256, "filters": 256}) != "dilated"
+    assert chosen(**nine | {"kernel": (1, 2, 5)}) != "dilated"
+    assert chosen(**nine | {"kernel": (1, 4, 4), "filters": 128}) != "dilated"
+    assert chosen(**nine | {"kernel": (1, 2, 4)}) != "dilated"
+    assert chosen(**nine | {"space": (1, 16, 18)}) != "dilated"  # 288 inputs
+    assert chosen(**nine | {"space": (1, 1, 196), "kernel": (1, 1, 9)}) != "dilated"  # a line
 
 
 def test_planes_whose_last_cells_stick_out_are_the_platforms_where_products_are_few() -> None:
