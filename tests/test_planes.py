@@ -25,9 +25,9 @@ KERAS = ("NCHW", "HWIO", "NCHW"), True
 EQUINOX = ("NCHW", "OIHW", "NCHW"), False
 
 
-def by_planes(x, w, b, geometry, origin, spans):
+def by_planes(x, w, b, geometry, origin, spans, **more):
     """Of a kernel ``(kd, kh, kw, F, C)`` that was made as its origin says, in float64, with the filters last."""
-    static = {"precision": None, "accumulate": jnp.float64, "result": jnp.float64, "origin": origin}
+    static = {"precision": None, "accumulate": jnp.float64, "result": jnp.float64, "origin": origin, **more}
     with jax.enable_x64(True):
         run = quick_jit(lambda x, w, b: _planes.outputs(x, w, geometry, spans, bias=b, **static))
         return np.moveaxis(run(x, w, b), 1, -1)
@@ -70,6 +70,22 @@ def test_short_and_long_planes_of_several_samples_are_as_defined(space, strides,
     np.testing.assert_allclose(by_planes(x, w, None, geometry, origin, whole), want, rtol=1e-12, atol=1e-12)
 
 
+@by_origin
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_lines_made_of_runs_of_taps_are_as_defined_in_blocks_of_samples_and_filters(data, origin) -> None:
+    batch, n, k, s = (data.draw(st.integers(*bounds)) for bounds in ((1, 4), (1, 9), (2, 11), (1, 6)))
+    padding, at = data.draw(st.sampled_from(["same", "valid"])), data.draw(st.integers(0, 2))
+    space, window, strides = (tuple(size if axis == at else 1 for axis in range(3)) for size in (n, k, s))
+    spans = _tiles.Span(batch, data.draw(st.integers(1, batch))), _tiles.Span(3, data.draw(st.integers(1, 3)))
+    rng = np.random.default_rng(0)
+    x, w, b = rng.normal(size=(batch, *space, 4)), rng.normal(size=(*window, 3, 4)), rng.normal(size=3)
+    want = oracle.conv3d_transpose(x, w, b, strides=strides, padding=padding)
+    geometry = axes_of(space, window, strides, (1, 1, 1), padding, None)
+    found = by_planes(x, w, b, geometry, origin, spans, in_runs=True)
+    np.testing.assert_allclose(found, want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "bfloat16", "float16", "complex64"])
 @pytest.mark.parametrize("space", [(1, 6, 7), (9, 1, 1)], ids=["plane", "line"])
 def test_every_dtype_has_its_planes(space, dtype) -> None:
@@ -106,6 +122,28 @@ def test_planes_and_lines_with_the_filters_second_are_made_as_such_on_a_cpu() ->
     assert not _matmul_plans.by_planes(described(space=(4, 4, 4), kernel=(3, 3, 3)))
     assert not _matmul_plans.by_planes(described(channels=1, kernel=(1, 2, 2)))  # one multiplication for an output
     assert _matmul_plans.by_planes(described(channels=1))
+
+
+def in_runs(stride=4, taps=5, space=(1, 1, 128), dilation=(1, 1, 1), filters=16, batch=2, channels=8):
+    window, strides = (tuple(min(size, n) for n in space) for size in (taps, stride))
+    geometry = axes_of(space, window, strides, dilation, "same", None)
+    return _matmul_plans.in_runs(Call(geometry, batch, channels, filters, 1, 4, 1 << 18, channels_first=True))
+
+
+def test_short_lines_with_long_strides_are_made_of_runs_of_taps() -> None:
+    assert in_runs()
+    assert in_runs(space=(128, 1, 1))
+    assert in_runs(stride=8, taps=16, space=(1, 32, 1))
+    assert not in_runs(stride=3)
+    assert not in_runs(taps=4)  # nothing overlaps
+    assert not in_runs(space=(1, 1, 129))
+    assert not in_runs(filters=15)
+    assert not in_runs(batch=1)
+    assert in_runs(channels=256)
+    assert not in_runs(channels=257)  # more values of the kernel than products
+    assert not in_runs(space=(1, 8, 8))
+    assert not in_runs(dilation=(1, 1, 2))
+    assert in_runs(dilation=(2, 2, 1))
 
 
 def chosen(kind="outputs", batch=8, space=(1, 32, 32), kernel=(1, 2, 2), **changes):
@@ -213,3 +251,26 @@ def test_a_kernel_is_turned_around_rather_than_more_products() -> None:
 def test_of_several_samples_the_inputs_are_moved_and_not_the_result() -> None:
     assert set(moved(compiled(KERAS, (4, 64, 16, 16), (4, 4, 32, 64)))) <= {4 * 64 * 256, 4 * 32 * 1024}
     assert 4 * 32 * 16 * 256 not in moved(compiled(KERAS, (4, 64, 16, 16), (4, 4, 32, 64)))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "transposed", "shape"),
+    [
+        (("NCH", "OIH", "NCH"), False, (16, 8, 9)),
+        (("NCH", "HIO", "NCH"), True, (9, 16, 8)),
+        (("NCH", "HIO", "NCH"), False, (9, 8, 16)),
+    ],
+    ids=["equinox", "keras", "jax"],
+)
+def test_runs_of_taps_give_what_jax_gives(numbers, transposed, shape, monkeypatch) -> None:
+    rng = np.random.default_rng(4)
+    x, w = (jnp.asarray(rng.normal(size=size), "float32") for size in ((3, 8, 20), shape))
+    made = []
+    in_runs = _planes._in_runs
+    monkeypatch.setattr(_planes, "_in_runs", lambda *a, **more: made.append(1) or in_runs(*a, **more))
+    ours, theirs = (
+        jax.jit(lambda x, w, f=f: f(x, w, (4,), "SAME", dimension_numbers=numbers, transpose_kernel=transposed))(x, w)
+        for f in (c3t.lax.conv_transpose, jax.lax.conv_transpose)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert made

@@ -70,6 +70,10 @@ PLANES_WHOLE, PLANES_BLOCK = 13 << 20, 4 << 20
 """Bytes of products up to which a result with the filters second has no blocks, and of a block of several samples, or
 as much as the kernel holds."""
 
+LONG_STRIDE, SHORT_LINE, RUN_FILTERS = 4, 128, 16
+"""Of several such lines: strides and filters from which on, and inputs up to which, moving runs of taps costs less than
+putting single values in order. Not where the kernel, which is copied for it, is the larger."""
+
 FILTERS_BLOCK, READ_AGAIN, FEW_CHANNELS = 8 << 20, 2, 8
 """Bytes of products of a block of filters; or so many times what a sample holds. Where a channel has so many times as
 many values as there are channels, else from `WHOLE_PLANE` on: each block copies its part of the kernel."""
@@ -197,6 +201,15 @@ def by_planes(call: Call) -> bool:
     if not (call.channels_first and lifted and call.groups == 1 and call.batch) or is_elementwise(call):
         return False
     return all(isinstance(axis.out, int) and not axis.wraps for axis in call.geometry)
+
+
+def in_runs(call: Call) -> bool:
+    """Whether lines of such a result are made of the taps of an input each, which are neighbours there."""
+    moving = [axis for axis in call.geometry if not is_still(axis)]
+    if len(moving) != 1 or call.batch < 2 or call.filters < RUN_FILTERS or products_of(call) < kernel_values(call):
+        return False
+    (line,) = moving
+    return line.overlaps and line.d == 1 and line.s >= LONG_STRIDE and line.n <= SHORT_LINE
 
 
 def plane_spans(call: Call) -> tuple[_tiles.Span, _tiles.Span]:

@@ -1,7 +1,8 @@
 """Results with the filters second: the kernel times the inputs, so that a row of products is a plane of the result.
 
-Nothing is transposed but the inputs of several samples, whole planes at a time. Blocks are of samples or of filters,
-which share no rims; each is one piece of the result.
+Nothing is transposed but the inputs of several samples, whole planes at a time. Of short lines with long strides the
+products of an input lie together instead, tap beside tap, as in the result, and these runs are moved to their filters.
+Blocks are of samples or of filters, which share no rims; each is one piece of the result.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from jax.typing import DTypeLike
 
 from conv3dt_jax._geometry import Geometry
 from conv3dt_jax.lowerings import _products, _tiles
-from conv3dt_jax.lowerings._laid_out import lay_out_planes
+from conv3dt_jax.lowerings._cells import is_still
+from conv3dt_jax.lowerings._laid_out import lay_out_planes, overlap_add
 from conv3dt_jax.lowerings._origin import Origin
 
 
@@ -32,6 +34,7 @@ def outputs(
     result: DTypeLike,
     bias: jax.Array | None,
     origin: Origin,
+    in_runs: bool = False,
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F, C)`` to ``(N, F, *out)``; ``spans`` are of the samples and filters.
 
@@ -40,7 +43,8 @@ def outputs(
     """
     dtype, sums = _tiles.operand_dtype(accumulate, inputs, kernel), _tiles.widest(accumulate, inputs, kernel)
     *window, filters, channels = kernel.shape
-    matrices = (jnp.flip(kernel, (0, 1, 2)) if origin.mirrored else kernel).astype(dtype).reshape(-1, filters, channels)
+    turned = origin.mirrored and not in_runs
+    matrices = (jnp.flip(kernel, (0, 1, 2)) if turned else kernel).astype(dtype).reshape(-1, filters, channels)
     held = _tiles.Held.of(jnp.moveaxis(inputs, -1, 1))
     samples, each = (span.block for span in spans)
     batched = _products.is_batched(samples, len(matrices) * each, channels, math.prod(inputs.shape[1:4]))
@@ -53,6 +57,9 @@ def outputs(
         def finished() -> jax.Array:
             planes = slab.astype(dtype).reshape(samples, channels, -1)
             rows = matrix.reshape(-1, channels)
+            if in_runs:
+                laid = _in_runs(planes, matrix, geometry, precision=precision, accumulate=sums)
+                return _tiles.bits(_tiles.plus(laid, bias, first, dim=1).astype(result))
             if batched:
                 taps = _products.of_each(rows, planes, precision=precision, accumulate=sums)
                 taps = jnp.moveaxis(taps.reshape(samples, -1, each, planes.shape[-1]), 0, 1)
@@ -71,3 +78,14 @@ def outputs(
 
     empty = jnp.zeros((inputs.shape[0], filters, *(axis.out for axis in geometry)), result)
     return _tiles.values(_tiles.for_each_tile(spans, body, _tiles.bits(empty)), result)
+
+
+def _in_runs(
+    lines: jax.Array, matrix: jax.Array, geometry: Geometry, *, precision: lax.PrecisionLike, accumulate: DTypeLike
+) -> jax.Array:
+    """``(N, C, n)`` and ``(k, F, C)`` to ``(N, F, *out)``."""
+    moving = next(axis for axis in geometry if not is_still(axis))
+    static: dict[str, Any] = {"precision": precision, "accumulate": accumulate}
+    taps = _products.on_cpu(lines.swapaxes(1, 2), matrix.swapaxes(0, 1), 2, **static)
+    laid = overlap_add(taps.swapaxes(1, 2), 2, moving)
+    return laid.reshape(*laid.shape[:2], *(axis.out for axis in geometry))
