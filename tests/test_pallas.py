@@ -14,6 +14,8 @@ from conv3dt_jax.lowerings import _triton
 from tests import oracle
 from tests.cases import CASES, Case
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 # Every way through the kernels: short and long channels, wide products, groups, one channel in each, cells of all sizes.
 SHAPES = {
     "one_filter": Case("", (3, 4, 2), (3, 3, 3), 20, 1, kwargs={"strides": 2, "padding": "same"}),

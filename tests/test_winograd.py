@@ -87,6 +87,7 @@ def test_value_and_gradients_are_those_of_the_definition(call, seed) -> None:
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("quick_compiles")
 def test_volumes_of_many_blocks_are_seamless(space, kernel, strides) -> None:
     """Blocks that begin early do some tiles again: neither the result nor the kernel's gradient counts them twice."""
     rng = np.random.default_rng(0)
@@ -168,6 +169,7 @@ def test_it_refuses_by_name_what_it_cannot_do(kwargs, shape, dtype, message) -> 
         c3t.conv3d_transpose(x, w, implementation="winograd", **kwargs)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_it_differentiates_twice_maps_and_exports_with_a_symbolic_batch() -> None:
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(2, 5, 6, 4, 2)), rng.normal(size=(3, 3, 3, 3, 2))
@@ -188,6 +190,7 @@ def test_it_differentiates_twice_maps_and_exports_with_a_symbolic_batch() -> Non
         np.testing.assert_allclose(exported.call(x), apply(x), atol=1e-12)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_bfloat16_is_rounded_once_with_the_bias() -> None:
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=shape), "bfloat16") for shape in ((1, 12, 16, 16, 8), (3, 3, 3, 8, 8)))
