@@ -19,7 +19,7 @@ export PRE_COMMIT_HOME := $(CURDIR)/$(VENV)/cache/pre-commit
 help:  ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.examples  ## train a 3-D U-Net on a real MRI (under 4 minutes); results in out/
+demo: $(VENV)/.examples  ## train a 3-D U-Net on a real MRI (about 5 minutes); results in out/
 	$(BIN)/python -m examples.brain_segmentation --out out $(ARGS)
 
 demo-full: $(VENV)/.examples  ## the same with a larger budget, beside trilinear and Flax's upsampling (about 20 minutes)
