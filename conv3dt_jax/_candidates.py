@@ -68,17 +68,18 @@ def is_short(form: Any, call: Call) -> bool:
     as_it_lies = form.origin.mirrored and form.origin.filters_last and not form.channels_first
     if not (plain and as_it_lies and dilated.is_transposed(form.geometry)):
         return False
-    wide = min(form.channels, form.filters) >= WIDE
-    taps, rows = math.prod(axis.k for axis in form.geometry), _matmul_plans.inputs_of(call)
-    held = _matmul_plans.held(call) if form.channels >= CHANNELS else math.inf
-    least = LINE_TAPS if dilated.is_line(form.geometry) else MANY_TAPS
-    few = (taps >= MANY_TAPS and rows in FEW_ROWS) or (taps >= least and rows in MORE_ROWS and held <= FEW_PRODUCTS)
-    weights = form.channels * form.filters if form.channels >= CHANNELS else 0
-    plane = taps == NINE and not dilated.is_line(form.geometry)
-    few = few or (plane and rows in NINE_ROWS and weights in NINE_WEIGHTS)
-    ragged = held <= RAGGED_PRODUCTS and _laid_out.is_written_apart(form.geometry)
     small = _matmul_plans.kernel_values(call) * call.itemsize <= SMALL
-    return wide and small and (few or ragged)
+    if min(form.channels, form.filters) < WIDE or not small:
+        return False
+    taps, rows = math.prod(axis.k for axis in form.geometry), _matmul_plans.inputs_of(call)
+    if taps >= MANY_TAPS and rows in FEW_ROWS:
+        return True
+    if form.channels < CHANNELS:
+        return False
+    line, held = dilated.is_line(form.geometry), _matmul_plans.held(call)
+    more = taps >= (LINE_TAPS if line else MANY_TAPS) and rows in MORE_ROWS and held <= FEW_PRODUCTS
+    nine = taps == NINE and not line and rows in NINE_ROWS and form.channels * form.filters in NINE_WEIGHTS
+    return more or nine or (held <= RAGGED_PRODUCTS and _laid_out.is_written_apart(form.geometry))
 
 
 def may_filter(form: Any, call: Call, gradients: int) -> bool:

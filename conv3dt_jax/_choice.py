@@ -12,7 +12,7 @@
 - CPU, where XLA runs a dilated convolution as a scalar loop: one of the matrix lowerings, by the cost rule below. Both
   gradients are those of `phases` or `winograd`; `winograd` is in question where floating-point numbers are summed in
   float32 at the default precision. A strided convolution whose blocks would be short is `dilated`; so are planes and
-  lines where few inputs meet many taps, for which the platform has a product too.
+  lines where few inputs meet nine taps or more, for which the platform has a product too.
 - sizes that are not known when the operation is traced: `dilated`.
 
 Without strides a CPU computes gradients, and results of two channels, from the side with fewer values (`steps`).
@@ -163,7 +163,7 @@ def decide(kind: str, platform: str, form: Any, batch: Any) -> tuple[str, str]:
         costs["matmul"] += TRANSPOSED * sum(math.prod(shape) for shape in shapes)
     name = min(costs, key=lambda name: costs[name] / (WORTH if name == "winograd" else 1))
     if name == "matmul" and _candidates.is_short(form, call):
-        return "dilated", "few products under many taps: the platform's transposed convolution"
+        return "dilated", "few products under nine taps or more: the platform's transposed convolution"
     return name, " against ".join(f"{name} {ns / 1e6:.2g} ms" for name, ns in costs.items()) + " by the cost rule"
 
 

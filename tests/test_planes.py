@@ -25,11 +25,11 @@ KERAS = ("NCHW", "HWIO", "NCHW"), True
 EQUINOX = ("NCHW", "OIHW", "NCHW"), False
 
 
-def by_planes(x, w, b, geometry, origin, spans, **more):
+def by_planes(x, w, b, geometry, origin, spans, in_runs=False):
     """Of a kernel ``(kd, kh, kw, F, C)`` that was made as its origin says, in float64, with the filters last."""
-    static = {"precision": None, "accumulate": jnp.float64, "result": jnp.float64, "origin": origin, **more}
+    static = {"precision": None, "accumulate": jnp.float64, "result": jnp.float64, "origin": origin}
     with jax.enable_x64(True):
-        run = quick_jit(lambda x, w, b: _planes.outputs(x, w, geometry, spans, bias=b, **static))
+        run = quick_jit(lambda x, w, b: _planes.outputs(x, w, geometry, spans, bias=b, in_runs=in_runs, **static))
         return np.moveaxis(run(x, w, b), 1, -1)
 
 
@@ -87,13 +87,15 @@ def test_lines_made_of_runs_of_taps_are_as_defined_in_blocks_of_samples_and_filt
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "bfloat16", "float16", "complex64"])
-@pytest.mark.parametrize("space", [(1, 6, 7), (9, 1, 1)], ids=["plane", "line"])
-def test_every_dtype_has_its_planes(space, dtype) -> None:
+@pytest.mark.parametrize(
+    ("space", "window", "strides", "filters"),
+    [((1, 6, 7), (1, 4, 4), (1, 2, 2), 2), ((9, 1, 1), (4, 1, 1), (2, 1, 1), 2), ((9, 1, 1), (8, 1, 1), (4, 1, 1), 16)],
+    ids=["plane", "line", "runs"],
+)
+def test_every_dtype_has_its_planes(space, window, strides, filters, dtype) -> None:
     rng = np.random.default_rng(2)
-    window = tuple(min(n, 4) for n in space)
-    strides = tuple(min(n, 2) for n in space)
     x, w, b = (
-        jnp.asarray(rng.integers(0, 5, shape), dtype) for shape in ((2, 3, *space), (*window, 2, 3), (2,))
+        jnp.asarray(rng.integers(0, 5, shape), dtype) for shape in ((2, 3, *space), (*window, filters, 3), (filters,))
     )  # whole numbers, whose sums are exact
     call = functools.partial(c3t.conv3d_transpose, strides=strides, padding="same", data_format="channels_first")
     got = jax.jit(functools.partial(call, implementation="matmul"))(x, w, b)

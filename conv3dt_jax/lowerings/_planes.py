@@ -7,7 +7,6 @@ Blocks are of samples or of filters, which share no rims; each is one piece of t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +33,7 @@ def outputs(
     result: DTypeLike,
     bias: jax.Array | None,
     origin: Origin,
-    in_runs: bool = False,
+    in_runs: bool,
 ) -> jax.Array:
     """``(N, D, H, W, C)`` and ``(kd, kh, kw, F, C)`` to ``(N, F, *out)``; ``spans`` are of the samples and filters.
 
@@ -42,12 +41,12 @@ def outputs(
     around takes twice as long.
     """
     dtype, sums = _tiles.operand_dtype(accumulate, inputs, kernel), _tiles.widest(accumulate, inputs, kernel)
-    *window, filters, channels = kernel.shape
+    *_, filters, channels = kernel.shape
     turned = origin.mirrored and not in_runs
     matrices = (jnp.flip(kernel, (0, 1, 2)) if turned else kernel).astype(dtype).reshape(-1, filters, channels)
     held = _tiles.Held.of(jnp.moveaxis(inputs, -1, 1))
     samples, each = (span.block for span in spans)
-    batched = _products.is_batched(samples, len(matrices) * each, channels, math.prod(inputs.shape[1:4]))
+    static: dict[str, Any] = {"precision": precision, "accumulate": sums}
 
     def body(starts: Sequence[Any], found: jax.Array) -> jax.Array:
         sample, first = starts
@@ -56,22 +55,10 @@ def outputs(
 
         def finished() -> jax.Array:
             planes = slab.astype(dtype).reshape(samples, channels, -1)
-            rows = matrix.reshape(-1, channels)
             if in_runs:
-                laid = _in_runs(planes, matrix, geometry, precision=precision, accumulate=sums)
-                return _tiles.bits(_tiles.plus(laid, bias, first, dim=1).astype(result))
-            if batched:
-                taps = _products.of_each(rows, planes, precision=precision, accumulate=sums)
-                taps = jnp.moveaxis(taps.reshape(samples, -1, each, planes.shape[-1]), 0, 1)
+                laid = _in_runs(planes, matrix, geometry, **static)
             else:
-                columns = planes.swapaxes(0, 1).reshape(channels, -1)
-                taps = _products.of_planes(rows, columns, precision=precision, accumulate=sums)
-            taps = taps.reshape(*window, each * samples, *held.shape[2:])
-            laid = lay_out_planes(taps, geometry, mirrored=origin.mirrored)
-            if batched:
-                laid = laid.reshape(samples, each, *laid.shape[1:])
-            else:
-                laid = laid.reshape(each, samples, *laid.shape[1:]).swapaxes(0, 1)
+                laid = _in_planes(planes, matrix, geometry, origin, **static)
             return _tiles.bits(_tiles.plus(laid, bias, first, dim=1).astype(result))
 
         return _tiles.put(found, _tiles.materialized(finished, starts), [sample, first, 0, 0, 0])
@@ -80,12 +67,26 @@ def outputs(
     return _tiles.values(_tiles.for_each_tile(spans, body, _tiles.bits(empty)), result)
 
 
-def _in_runs(
-    lines: jax.Array, matrix: jax.Array, geometry: Geometry, *, precision: lax.PrecisionLike, accumulate: DTypeLike
-) -> jax.Array:
+def _in_planes(planes: jax.Array, matrix: jax.Array, geometry: Geometry, origin: Origin, **static: Any) -> jax.Array:
+    """``(N, C, D H W)`` and ``(kd kh kw, F, C)`` to ``(N, F, *out)``."""
+    samples, channels, values = planes.shape
+    filters, rows = matrix.shape[1], matrix.reshape(-1, channels)
+    window, space = [axis.k for axis in geometry], [axis.n for axis in geometry]
+    batched = _products.is_batched(samples, len(rows), channels, values)
+    if batched:
+        taps = _products.of_each(rows, planes, **static)
+        taps = jnp.moveaxis(taps.reshape(samples, -1, filters, values), 0, 1)
+    else:
+        taps = _products.of_planes(rows, planes.swapaxes(0, 1).reshape(channels, -1), **static)
+    laid = lay_out_planes(taps.reshape(*window, filters * samples, *space), geometry, mirrored=origin.mirrored)
+    if batched:
+        return laid.reshape(samples, filters, *laid.shape[1:])
+    return laid.reshape(filters, samples, *laid.shape[1:]).swapaxes(0, 1)
+
+
+def _in_runs(lines: jax.Array, matrix: jax.Array, geometry: Geometry, **static: Any) -> jax.Array:
     """``(N, C, n)`` and ``(k, F, C)`` to ``(N, F, *out)``."""
     moving = next(axis for axis in geometry if not is_still(axis))
-    static: dict[str, Any] = {"precision": precision, "accumulate": accumulate}
     taps = _products.on_cpu(lines.swapaxes(1, 2), matrix.swapaxes(0, 1), 2, **static)
     laid = overlap_add(taps.swapaxes(1, 2), 2, moving)
     return laid.reshape(*laid.shape[:2], *(axis.out for axis in geometry))

@@ -82,9 +82,8 @@ def outputs(
     if isinstance(inputs.shape[0], int) and _matmul_plans.by_planes(call):
         result = _tiles.widest(accumulate, inputs, kernel) if result is None else result
         static: dict[str, Any] = {"precision": precision, "accumulate": accumulate, "result": result}
-        spans = _matmul_plans.plane_spans(call)
-        static["in_runs"] = _matmul_plans.in_runs(call)
-        return _planes.outputs(inputs, kernel, geometry, spans, bias=bias, origin=origin, **static)
+        spans, runs = _matmul_plans.plane_spans(call), _matmul_plans.in_runs(call)
+        return _planes.outputs(inputs, kernel, geometry, spans, bias=bias, origin=origin, in_runs=runs, **static)
     found = _filters_last(inputs, kernel, call, product, precision, accumulate, result, bias, origin)
     return jnp.moveaxis(found, -1, 1) if channels_first else found
 
